@@ -1,0 +1,311 @@
+"""ProgressBar: what a run prints, live on a terminal or in a notebook, plain lines everywhere else.
+
+Decides when and how to print. The numbers are the loop's: they are read once for each refresh of the screen, and a step
+between two refreshes costs one look at the clock.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from .base import Callback
+
+HEARTBEAT_S = 60.0  # between two plain lines within one epoch
+
+# Ten cells, so that on 100 columns a loss and two metrics fit beside the bar; in a notebook the width is the widget's.
+KNOWN_LENGTH = "{desc}  {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}  {elapsed}<{remaining}{postfix}"
+UNKNOWN_LENGTH = "{desc}  {n_fmt} steps  {elapsed}{postfix}"
+
+LOWER_IS_BETTER = {"loss", "error", "mse", "mae", "rmse", "mape", "msle", "crossentropy", "perplexity"}
+HIGHER_IS_BETTER = {"accuracy", "acc", "auc", "auroc", "f1", "precision", "recall", "r2", "top"}
+
+
+def progress_for(verbose: int | str, callbacks: Iterable[Any] | None = ()) -> list[ProgressBar]:
+    """The progress bar that a run gets by itself.
+
+    Args:
+        verbose: As in Keras: 0 = silent, 1 = a live line, 2 = a line for each epoch; `"auto"` = 1 on a terminal or in a
+            notebook, 2 otherwise. `True` and `False` are 1 and 0.
+        callbacks: The user's. Default: none.
+    Returns:
+        A `ProgressBar` in a list, which is empty with 0 and where the user gave one.
+    Raises:
+        ValueError: another value of `verbose`.
+    """
+    if _checked(verbose) == 0 or any(isinstance(callback, ProgressBar) for callback in callbacks or ()):
+        return []
+    return [ProgressBar(verbose=verbose)]
+
+
+class ProgressBar(Callback):
+    """Shows where a run is: a live line on a terminal or in a notebook, plain lines in a pipe, a file or CI.
+
+    The line of an epoch has its time (validation included), the training samples per second of training, and all that
+    is in its logs. `*` marks a value better than in all epochs of this `fit` before it, where the name tells which way
+    is better. Plain lines have no `\\r` and no colours. `NO_COLOR` takes the colour from a terminal; `CI` and
+    `TERM=dumb` make the lines plain.
+
+    Args:
+        refresh_s: Seconds between two refreshes of the live line; each reads the device once. Default: 0.1.
+        verbose: 0 = silent, 1 = live where that is possible, else as 2; 2 = plain lines: one for each epoch, and one
+            for each minute within it; `"auto"` = 1. Default: `"auto"`.
+        stream: Where to print; `None` = `sys.stdout` at the moment of printing. Default: `None`.
+    Example:
+        >>> bar = ProgressBar(refresh_s=1.0)  # for a slow connection: fit(..., callbacks=[bar])
+    """
+
+    def __init__(self, refresh_s: float = 0.1, *, verbose: int | str = "auto", stream: TextIO | None = None) -> None:
+        if not refresh_s >= 0:
+            raise ValueError(f"refresh_s={refresh_s} is no time. Give seconds from 0 up, e.g. 0.1.")
+        self.refresh_s, self.verbose, self.stream = refresh_s, _checked(verbose), stream
+        self._is_live = self._is_fitting = False
+        self._bar: Any = None
+        self._best: dict[str, float] = {}
+
+    def on_train_begin(self, logs: MutableMapping | None = None) -> None:
+        self._is_live = self._can_be_live()
+        self._is_fitting, self._best = True, {}
+
+    def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        number = f"{epoch + 1}/{self.params['epochs']}"
+        self._epoch_name = f"Epoch {number}" if self._is_live else f"[{number}]"
+        self._epoch_began, self._samples_per_s = time.monotonic(), None
+        self._open(self._epoch_name, self.params["steps"])
+
+    def on_train_batch_end(self, batch: int, logs: MutableMapping | None = None) -> None:
+        if time.monotonic() >= self._due:
+            self._refresh(batch + 1, logs)
+
+    def on_validation_begin(self, logs: MutableMapping | None = None) -> None:
+        # Now, while `samples_seen` is still that of training.
+        self._samples_per_s = self._measured_samples_per_s()
+        self._open(f"{self._epoch_name} validating")
+
+    def on_validation_end(self, logs: MutableMapping | None = None) -> None:
+        self._close()
+
+    def on_epoch_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        samples_per_s = self._measured_samples_per_s() if self._samples_per_s is None else self._samples_per_s
+        self._conclude(self._epoch_name, time.monotonic() - self._epoch_began, samples_per_s, _numbers(logs))
+
+    def on_train_end(self, logs: MutableMapping | None = None) -> None:
+        self._close()
+        self._is_fitting = False
+
+    def on_test_begin(self, logs: MutableMapping | None = None) -> None:
+        if not self._is_fitting:
+            self._is_live, self._best = self._can_be_live(), {}
+            self._open("evaluate", self.params["steps"])
+
+    def on_test_batch_end(self, batch: int, logs: MutableMapping | None = None) -> None:
+        if time.monotonic() >= self._due:
+            self._refresh(batch + 1, logs)
+
+    def on_test_end(self, logs: MutableMapping | None = None) -> None:
+        if not self._is_fitting:
+            self._conclude("evaluate", time.monotonic() - self._began, self._measured_samples_per_s(), _numbers(logs))
+
+    def on_predict_begin(self, logs: MutableMapping | None = None) -> None:
+        self._is_live = self._can_be_live()
+        self._open("predict", self.params["steps"])
+        if not self._is_live:
+            self._due = math.inf  # the prediction itself is what a script is after
+
+    def on_predict_batch_end(self, batch: int, logs: MutableMapping | None = None) -> None:
+        if time.monotonic() >= self._due:
+            self._refresh(batch + 1, {})  # its logs are the outputs
+
+    def on_predict_end(self, logs: MutableMapping | None = None) -> None:
+        self._close()
+
+    def on_exception(self, error: BaseException) -> None:
+        """Clears the live line, so that the traceback starts on a line of its own."""
+        self._close()
+        self._is_fitting = False
+
+    def _out(self) -> TextIO:
+        return sys.stdout if self.stream is None else self.stream
+
+    def _can_be_live(self) -> bool:
+        out = self._out()
+        return self.verbose == 1 and (_is_terminal(out) or (out is sys.stdout and _is_notebook())) and not _is_ci()
+
+    def _measured_samples_per_s(self) -> float:
+        return self.model.samples_seen / max(time.monotonic() - self._began, 1e-9)
+
+    def _open(self, name: str, steps: int | None = None) -> None:
+        """Begins a stretch of steps that is counted and timed on its own; `steps=None` = nobody knows how many."""
+        self._close()
+        self._name, self._steps, self._steps_shown = name, steps, 0
+        self._began = self._shown_at = time.monotonic()
+        self._every_s = self.refresh_s if self._is_live else HEARTBEAT_S if self.verbose else math.inf
+        self._due = self._began + self._every_s
+        if self._is_live:
+            self._bar = _open_bar(name, steps, self._out())
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _refresh(self, steps: int, logs: Mapping | None) -> None:
+        values = _numbers(logs)  # waits for the device, so the clock is read after it
+        now = time.monotonic()
+        # Since the last refresh, not since the beginning: a first step that compiles would spoil the mean for long.
+        pace = _pace((now - self._shown_at) / (steps - self._steps_shown))
+        if self._is_live:
+            self._bar.set_postfix_str(self._joined([pace], values), refresh=False)
+            self._bar.update(steps - self._steps_shown)
+        else:
+            done = f"step {steps}" if self._steps is None else f"{steps}/{self._steps}"
+            self._print(self._joined([self._name, done, _duration(now - self._began), pace], values))
+        self._steps_shown, self._shown_at, self._due = steps, now, now + self._every_s
+
+    def _conclude(self, name: str, seconds: float, samples_per_s: float, values: dict[str, float]) -> None:
+        """Replaces the live line by the one that stays."""
+        self._close()
+        marked = self._improved(values)
+        self._print(self._joined([name, _duration(seconds), f"{_count(samples_per_s)} samples/s"], values, marked))
+
+    def _improved(self, values: dict[str, float]) -> set[str]:
+        """Names of the values that beat all earlier epochs; there is nothing to beat in the first."""
+        scores = {name: _sign(name) * value for name, value in values.items() if _sign(name) and not math.isnan(value)}
+        improved = {name for name, score in scores.items() if score > self._best.get(name, math.inf)}
+        self._best |= {name: max(score, self._best.get(name, score)) for name, score in scores.items()}
+        return improved
+
+    def _joined(self, parts: list[str], values: dict[str, float], marked: Iterable[str] = ()) -> str:
+        gap, link = ("  ", " ") if self._is_live else (" ", "=")
+        marks = dict.fromkeys(marked, f" {_star(self._out())}") if self._is_live and marked else {}
+        return gap.join([*parts, *(f"{name}{link}{_text(name, values[name])}{marks.get(name, '')}" for name in values)])
+
+    def _print(self, line: str) -> None:
+        if self._is_live:
+            from tqdm import tqdm
+
+            tqdm.write(line, file=self._out())  # goes above bars that the user has around `fit`
+            self._out().flush()
+        elif self.verbose:
+            print(line, file=self._out(), flush=True)  # a pipe is buffered: nobody would see a heartbeat for hours
+
+
+def _checked(verbose: Any) -> int:
+    if isinstance(verbose, str) and verbose == "auto":
+        return 1  # where nothing can be live, 1 is 2
+    if isinstance(verbose, int) and verbose in (0, 1, 2):
+        return int(verbose)
+    raise ValueError(
+        f'verbose={verbose!r} is not known, expected 0, 1, 2 or "auto". Give 0 for silence, 2 for a line an epoch.'
+    )
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    isatty = getattr(stream, "isatty", None)
+    return isatty is not None and isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _is_ci() -> bool:
+    return os.environ.get("CI", "").lower() not in ("", "0", "false")
+
+
+def _is_notebook() -> bool:
+    """Whether IPython runs as a kernel; the test is tqdm's own, without an import."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and "IPKernelApp" in getattr(shell, "config", {})
+
+
+def _open_bar(name: str, steps: int | None, stream: TextIO) -> Any:
+    layout = UNKNOWN_LENGTH if steps is None else KNOWN_LENGTH
+    if _has_widgets() and stream is sys.stdout:
+        from tqdm.notebook import tqdm
+
+        layout = layout.replace("{bar:10}", "{bar}")
+    else:
+        from tqdm import tqdm
+    # Each update is a refresh that is due, so tqdm must not skip any by its own reckoning.
+    always = {"mininterval": 0, "miniters": 1, "dynamic_ncols": True}
+    return tqdm(desc=name, total=steps, file=stream, leave=False, bar_format=layout, **always)
+
+
+def _has_widgets() -> bool:
+    if not _is_notebook():
+        return False
+    from tqdm import notebook
+
+    return notebook.IProgress is not None
+
+
+def _star(stream: TextIO) -> str:
+    if os.environ.get("NO_COLOR") or not _is_terminal(stream):
+        return "*"
+    from colorama import Fore, just_fix_windows_console
+
+    just_fix_windows_console()
+    return f"{Fore.GREEN}*{Fore.RESET}"
+
+
+def _numbers(logs: Mapping | None) -> dict[str, float]:
+    """What can be shown as one number."""
+    scalars = {name: value.item() if _is_scalar(value) else value for name, value in (logs or {}).items()}
+    return {name: value for name, value in scalars.items() if isinstance(value, numbers.Real)}
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0
+
+
+def _sign(name: str) -> int:
+    """1 where higher is better, -1 where lower is, 0 where the name does not tell.
+
+    Example:
+        >>> _sign("val_top5_accuracy"), _sign("mean_squared_error"), _sign("lr")
+        (1, -1, 0)
+    """
+    words = set(re.split(r"[_\W]+", re.sub(r"top_?\d+", "top", name.lower())))
+    return bool(words & HIGHER_IS_BETTER) - bool(words & LOWER_IS_BETTER)
+
+
+def _text(name: str, value: float) -> str:
+    """A value in four significant digits, without an exponent where the number is legible without.
+
+    Example:
+        >>> [_text("loss", value) for value in (0.975, 12.3456, 12345.6, 1e-7)], _text("lr", 0.001)
+        (['0.9750', '12.35', '12346', '1.000e-07'], '1.00e-03')
+    """
+    if name in ("lr", "learning_rate"):
+        return f"{value:.2e}"
+    if isinstance(value, numbers.Integral):
+        return str(int(value))
+    if abs(value) < 1e3:
+        return f"{float(value):#.4g}".rstrip(".")
+    return f"{float(value):.0f}" if abs(value) < 1e6 else f"{float(value):.3e}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 99.5:
+        return f"{_short(seconds)}s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    return f"{minutes}m{rest_s:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
+
+
+def _pace(seconds: float) -> str:
+    return f"{_short(1e3 * seconds)}ms/step" if seconds < 0.9995 else f"{_short(seconds)}s/step"
+
+
+def _count(value: float) -> str:
+    size, unit = next(((size, unit) for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= size), (1, ""))
+    return f"{_short(value / size)}{unit}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.95 else f"{value:.2f}"

@@ -1,0 +1,467 @@
+"""Whatever the user passed -> global batches `(x, target, weight)` in a known order.
+
+Decided here: which form of data it is, the dtype of each tensor, how batches are cut, shuffled, weighted and split.
+Left to others: what a batch is used for (`step.py`), and on which device (`backends/`).
+
+To add a form of data, write a function that returns a `Data` and name it in `open_data`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, count
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
+from torch.utils.data.dataloader import default_collate
+
+from .seeding import epoch_order
+from .structures import leaves, map_structure, named_leaves
+from .tensors import Batch, array_of, class_table, grouped, is_arrays, to_tensors, unpack, warn_of_nan, weighted
+
+DEFAULT_BATCH_SIZE = 32  # Keras's
+
+# Evaluation needs no gradients, so small samples are batched up to this many values: the time of a small batch is
+# dispatch, not arithmetic. Samples larger than a few thousand values keep the default size.
+EVALUATION_BATCH_VALUES = 2**16
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches that can be gone through pass by pass.
+
+    Attributes:
+        batches: Number of the pass (0-based) -> its batches, `(x, target, weight)`; target and weight may be `None`.
+        steps: Batches in one pass; `None` where that is not known.
+        targets: All the targets where they are in memory, else `None`: lets mistakes be found before training.
+        repeats: Whether there is a second pass; `False` for a generator or another one-shot iterator.
+    """
+
+    batches: Callable[[int], Iterator[Batch]]
+    steps: int | None = None
+    targets: Any = None
+    repeats: bool = True
+
+    def stream(self, first_pass: int) -> Iterator[Batch]:
+        """All batches from pass `first_pass` on, pass after pass, until a pass is empty or the only one is over."""
+        for number in count(first_pass) if self.repeats else (first_pass,):
+            batch = None
+            for batch in self.batches(number):
+                yield batch
+            if batch is None:
+                return
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How raw data is turned into tensors.
+
+    Attributes:
+        dtype: What floating point values become: the module's dtype.
+        batch_size: Samples in a global batch; `None` = 32.
+        shuffle: Whether each pass has an order of its own (arrays and map-style datasets; others bring theirs).
+        targets: Names that the target may have where samples are mappings; none = mappings have no target.
+        class_weight: `{class index: weight}`, a factor on the weight of each sample; `None` = 1.
+        hold: Called with a list of all tensors in memory, returns them on the device they shall be gathered on.
+        evaluating: No gradients will be needed, so a batch size that nobody chose may be larger.
+    """
+
+    dtype: torch.dtype = torch.float32
+    batch_size: int | None = None
+    shuffle: bool = False
+    targets: tuple[str, ...] = ()
+    class_weight: Mapping[int, float] | None = None
+    hold: Callable[[list[torch.Tensor]], list[torch.Tensor]] = list
+    evaluating: bool = False
+
+
+def open_data(data: Any, y: Any, sample_weight: Any, reading: Reading) -> Data:
+    """Recognises the form of `data` and opens it.
+
+    Args:
+        data: Arrays (numpy, torch, pandas, lists of numbers, nested tuples and dicts of them), `(x, y[, weight])`, a
+            `Dataset`, `IterableDataset`, `DataLoader`, Hugging Face dataset, an iterable of batches, or a callable
+            that returns one of these and is called anew for each pass.
+        y: Targets of arrays, shape (samples, ...); or the name of the target's column where batches are mappings.
+        sample_weight: Weights of arrays, shape (samples,); a dict or list of these for several outputs.
+        reading: How to turn it into tensors.
+    Raises:
+        TypeError: `data` is of no known form, or `y` or `sample_weight` do not belong to that form.
+        ValueError: lengths differ, or there are no samples.
+    """
+    if isinstance(y, (bool, int, float)):
+        raise TypeError(f"y={y!r} is a single number, expected targets. Did you mean epochs={y!r} or batch_size={y!r}?")
+    if isinstance(y, str):
+        _refuse_unknown_column(data, y)
+        reading, y = replace(reading, targets=(y,)), None
+    if y is None and isinstance(data, tuple) and 2 <= len(data) <= 3 and is_arrays(data[0]):
+        data, y, sample_weight = (*data, sample_weight)[:3]
+    if is_arrays(data):
+        return _open_arrays(data, y, sample_weight, reading)
+    if y is not None or sample_weight is not None:
+        given = "y" if y is not None else "sample_weight"
+        raise TypeError(
+            f"{given} was given beside a {type(data).__name__}, expected arrays there. Let the data yield "
+            f"(x, y) or (x, y, weight) itself."
+        )
+    if isinstance(data, DataLoader):
+        return _open_loader(data, reading)
+    if hasattr(data, "with_format") and hasattr(data, "column_names"):  # Hugging Face
+        if not hasattr(data, "__len__"):
+            return _open_iterable_dataset(data.with_format("torch"), reading)
+        return _open_dataset(data if data.format["type"] else data.with_format("torch"), reading, _hugging_face_loader)
+    if isinstance(data, IterableDataset):
+        return _open_iterable_dataset(data, reading)
+    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not hasattr(data, "__iter__")):
+        return _open_dataset(data, reading, _dataset_loader)
+    if isinstance(data, Iterable):
+        return _open_batches(data, reading)
+    if callable(data):
+        return _open_callable(data, reading)
+    raise TypeError(
+        f"data is a {type(data).__name__}; expected arrays, (x, y), a Dataset, a DataLoader, an iterable of batches, "
+        f"or a callable that returns one of these."
+    )
+
+
+def peek(data: Data) -> tuple[Batch, Data]:
+    """The first batch, and the data as it was before the look: a one-shot iterator gets its batch back."""
+    batches = data.batches(0)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("the data is empty: it gave no batch, expected at least one.")
+    return first, data if data.repeats else replace(data, batches=lambda number: chain([first], batches))
+
+
+def split_tail(data: Any, y: Any, sample_weight: Any, fraction: float) -> tuple[tuple, tuple]:
+    """Cuts the last `fraction` of the samples off, before any shuffling, as Keras does.
+
+    Args:
+        data: Arrays, a map-style `Dataset`, or a `DataLoader` over one, as in `open_data`; with `y`, `sample_weight`.
+        fraction: Share of the samples in the second part, over 0 and below 1.
+    Returns:
+        `(data, y, sample_weight)` of the first part and of the last.
+    Raises:
+        ValueError: `fraction` is no fraction, leaves one part empty, or the data has no known order to cut.
+    Source: `train_validation_split` of Keras 3, for the rounding.
+    """
+    if y is None and isinstance(data, tuple) and 2 <= len(data) <= 3 and is_arrays(data[0]):
+        data, y, sample_weight = (*data, sample_weight)[:3]
+    if isinstance(data, DataLoader):
+        first, last = _split_dataset(data.dataset, fraction)
+        return (_loader_over(first, data, shuffled=True), y, None), (_loader_over(last, data, shuffled=False), y, None)
+    if is_arrays(data):
+        arrays = (data, None if isinstance(y, str) else y, sample_weight)
+        samples = _common_length([(name, _length(leaf)) for name, leaf in _named_parts(*arrays)])
+        cut = _cut(samples, fraction)
+        first, last = (_rows_of(arrays, rows) for rows in (slice(0, cut), slice(cut, samples)))
+        return (first, last) if not isinstance(y, str) else ((first[0], y, first[2]), (last[0], y, last[2]))
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (list, IterableDataset)):
+        first, last = _split_dataset(data, fraction)
+        return (first, y, None), (last, y, None)
+    raise ValueError(
+        f"validation_split={fraction} needs data whose length and order are known, got a {type(data).__name__}. "
+        f"Give arrays, a map-style Dataset or a DataLoader over one; or give validation_data."
+    )
+
+
+# Arrays: one permutation a pass, one gather a batch and array.
+
+
+def _open_arrays(x: Any, y: Any, sample_weight: Any, reading: Reading) -> Data:
+    if y is None and isinstance(x, Mapping):
+        x, y, _ = unpack(x, reading.targets)
+    samples = _common_length([(name, _length(leaf)) for name, leaf in _named_parts(x, y, sample_weight)])
+    for name, leaf in _named_parts(x, y, sample_weight):
+        warn_of_nan(name, leaf)
+    parts = to_tensors((x, y, sample_weight), reading.dtype)
+    if reading.class_weight is not None:
+        parts = weighted(parts, class_table(reading.class_weight), reading.dtype)
+    return _gathering(parts, samples, reading)
+
+
+def _gathering(parts: Batch, samples: int, reading: Reading) -> Data:
+    batch_size = reading.batch_size or _default_batch_size(parts[0], samples, reading.evaluating)
+    parts, device = _held(parts, reading)
+
+    def batches(number: int) -> Iterator[Batch]:
+        if reading.shuffle:
+            rows = epoch_order(samples, number).to(device).split(batch_size)
+        else:
+            rows = (slice(start, start + batch_size) for start in range(0, samples, batch_size))
+        take_x, take_y, take_weight = (_taker(part, _select if reading.shuffle else _slice) for part in parts)
+        for chosen in rows:
+            yield take_x(chosen), take_y(chosen), take_weight(chosen)
+
+    return Data(batches, steps=-(-samples // batch_size), targets=parts[1])
+
+
+def _held(parts: Batch, reading: Reading) -> tuple[Batch, torch.device]:
+    """The same tensors where the backend wants them kept, and the device that is."""
+    held = iter(reading.hold(list(leaves(parts))))
+    parts = map_structure(lambda _: next(held), parts)
+    return parts, next(leaves(parts)).device
+
+
+def _select(tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return partial(torch.index_select, tensor, 0)
+
+
+def _slice(tensor: torch.Tensor) -> Callable[[slice], torch.Tensor]:
+    return partial(operator.getitem, tensor)
+
+
+def _taker(tree: Any, taker_of: Callable) -> Callable[[Any], Any]:
+    """A function from rows to those rows of every tensor of `tree`; for a single tensor one without Python frames."""
+    if isinstance(tree, torch.Tensor):
+        return taker_of(tree)
+    if tree is None:
+        return lambda rows: None
+    return lambda rows: map_structure(lambda tensor: taker_of(tensor)(rows), tree)
+
+
+def _default_batch_size(x: Any, samples: int, evaluating: bool) -> int:
+    if not evaluating:
+        return DEFAULT_BATCH_SIZE
+    values = sum(tensor.numel() for tensor in leaves(x)) // samples
+    return max(DEFAULT_BATCH_SIZE, EVALUATION_BATCH_VALUES // max(values, 1) // DEFAULT_BATCH_SIZE * DEFAULT_BATCH_SIZE)
+
+
+# Datasets, loaders and iterables: torch's own DataLoader does the fetching.
+
+
+def _open_dataset(dataset: Any, reading: Reading, loader_over: Callable) -> Data:
+    if (seen := _tensors_of(dataset)) is not None:
+        tensors, rows = seen
+        return _open_arrays(*unpack([tensor if rows is None else tensor[rows] for tensor in tensors]), reading)
+    samples = len(dataset)
+    batch_size = reading.batch_size or DEFAULT_BATCH_SIZE
+
+    def batches(number: int) -> Iterator[Batch]:
+        order = epoch_order(samples, number).tolist() if reading.shuffle else range(samples)
+        chunks = [list(order[start : start + batch_size]) for start in range(0, samples, batch_size)]
+        return map(_reader(reading), loader_over(dataset, chunks))
+
+    _refuse_empty(samples, dataset)
+    return Data(batches, steps=-(-samples // batch_size))
+
+
+# A generator of their own: `iter(DataLoader)` draws a number, which would change what the model draws after it.
+def _dataset_loader(dataset: Any, chunks: list[list[int]]) -> DataLoader:
+    return DataLoader(dataset, batch_sampler=chunks, generator=torch.Generator())
+
+
+def _hugging_face_loader(dataset: Any, chunks: list[list[int]]) -> DataLoader:
+    return DataLoader(dataset, sampler=chunks, batch_size=None, generator=torch.Generator())
+
+
+def _open_iterable_dataset(dataset: Any, reading: Reading) -> Data:
+    batch_size = reading.batch_size or DEFAULT_BATCH_SIZE
+
+    def batches(number: int) -> Iterator[Batch]:
+        return map(_reader(reading), DataLoader(dataset, batch_size=batch_size, generator=torch.Generator()))
+
+    return Data(batches, steps=-(-len(dataset) // batch_size) if hasattr(dataset, "__len__") else None)
+
+
+def _open_loader(loader: DataLoader, reading: Reading) -> Data:
+    _refuse_batch_size(loader, reading)
+    steps = _length_or_none(loader)
+    _refuse_empty(steps, loader)
+    if _is_plain(loader) and (seen := _tensors_of(loader.dataset)) is not None:
+        return _see_through(loader, *seen, steps, reading)
+    return Data(lambda number: map(_reader(reading), loader), steps)
+
+
+def _see_through(
+    loader: DataLoader, tensors: list[torch.Tensor], subset: torch.Tensor | None, steps: int | None, reading: Reading
+) -> Data:
+    """The batches of a loader over tensors, gathered in one go instead of sample by sample, in the loader's order."""
+    parts = to_tensors(unpack(tensors), reading.dtype)
+    if reading.class_weight is not None:
+        parts = weighted(parts, class_table(reading.class_weight), reading.dtype)
+    parts, device = _held(parts, reading)
+
+    def batches(number: int) -> Iterator[Batch]:
+        # The number that `iter(loader)` draws before its sampler draws: keeps order and model as in a loop by hand.
+        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        take_x, take_y, take_weight = (_taker(part, _select) for part in parts)
+        for indices in loader.batch_sampler:
+            rows = torch.as_tensor(indices)
+            rows = (rows if subset is None else subset[rows]).to(device)
+            yield take_x(rows), take_y(rows), take_weight(rows)
+
+    return Data(batches, steps, targets=parts[1])
+
+
+def _is_plain(loader: DataLoader) -> bool:
+    return (
+        type(loader) is DataLoader
+        and loader.collate_fn is default_collate
+        and loader.batch_sampler is not None
+        and loader.worker_init_fn is None
+    )
+
+
+def _tensors_of(dataset: Any) -> tuple[list[torch.Tensor], torch.Tensor | None] | None:
+    """Tensors behind a `TensorDataset` or subsets of one, with the rows in use (`None` = all); else `None`."""
+    rows = None
+    while type(dataset) is Subset:
+        indices = torch.as_tensor(dataset.indices)
+        rows, dataset = indices if rows is None else indices[rows], dataset.dataset
+    # A subclass may do anything in its `__getitem__`.
+    if type(dataset) is TensorDataset and 1 <= len(dataset.tensors) <= 3:
+        return list(dataset.tensors), rows
+    return None
+
+
+def _open_batches(iterable: Iterable, reading: Reading) -> Data:
+    _refuse_batch_size(iterable, reading)
+    steps = _length_or_none(iterable)
+    _refuse_empty(steps, iterable)
+    # An iterator is its own `iter`: it goes on where it stopped, and once it is over there is no second pass.
+    repeats = iter(iterable) is not iterable if not hasattr(iterable, "__next__") else False
+    return Data(lambda number: map(_reader(reading), iterable), steps, repeats=repeats)
+
+
+def _open_callable(make: Callable[[], Any], reading: Reading) -> Data:
+    def batches(number: int) -> Iterator[Batch]:
+        return open_data(make(), None, None, reading).batches(number)
+
+    return Data(batches)
+
+
+def _reader(reading: Reading) -> Callable[[Any], Batch]:
+    """The function that turns one raw batch of a loader or iterable into `(x, target, weight)` tensors."""
+    dtype, targets = reading.dtype, reading.targets
+    table = None if reading.class_weight is None else class_table(reading.class_weight)
+
+    def read(raw: Any) -> Batch:
+        parts = to_tensors(unpack(raw, targets), dtype)
+        return parts if table is None else weighted(parts, table, dtype)
+
+    return read
+
+
+def _named_parts(x: Any, y: Any, sample_weight: Any) -> list[tuple[str, Any]]:
+    parts = (("x", x), ("y", y), ("sample_weight", sample_weight))
+    return [named for name, part in parts for named in named_leaves(grouped(part), name)]
+
+
+def _length(leaf: Any) -> int:
+    shape = array_of(leaf).shape
+    if not shape:
+        raise ValueError(f"{leaf!r} is a single value, expected an array with one row for each sample.")
+    return int(shape[0])
+
+
+def _common_length(lengths: list[tuple[str, int]]) -> int:
+    if len({length for _, length in lengths}) != 1:
+        given = ", ".join(f"{name} has {length} samples" for name, length in lengths) or "there are no arrays"
+        raise ValueError(f"{given}; expected the same number everywhere. Give one row of each for every sample.")
+    samples = lengths[0][1]
+    if samples == 0:
+        raise ValueError("the data is empty: x has 0 samples, expected at least 1.")
+    return samples
+
+
+# Splitting and refusing.
+
+
+def _rows_of(arrays: tuple, rows: slice) -> tuple:
+    def cut(leaf: Any) -> Any:
+        return leaf.iloc[rows] if hasattr(leaf, "iloc") else array_of(leaf)[rows]
+
+    return tuple(map_structure(cut, grouped(part)) for part in arrays)
+
+
+def _cut(samples: int, fraction: float) -> int:
+    cut = int(samples * (1.0 - fraction))
+    if cut in (0, samples):
+        raise ValueError(
+            f"validation_split={fraction} of {samples} samples leaves none for "
+            f"{'training' if cut == 0 else 'validation'}. Give more data or another fraction."
+        )
+    return cut
+
+
+def _split_dataset(dataset: Any, fraction: float) -> tuple[Dataset, Dataset]:
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"validation_split={fraction} needs a map-style dataset, got {type(dataset).__name__}, whose length and "
+            f"order are not known. Give validation_data instead."
+        )
+    cut = _cut(len(dataset), fraction)
+    if hasattr(dataset, "select"):  # Hugging Face: keeps whole batches in one read
+        return dataset.select(range(cut)), dataset.select(range(cut, len(dataset)))
+    return Subset(dataset, range(cut)), Subset(dataset, range(cut, len(dataset)))
+
+
+def _loader_over(dataset: Dataset, like: DataLoader, *, shuffled: bool) -> DataLoader:
+    """A loader with all settings of `like` over another dataset, in `like`'s kind of order or, for validation, in order.
+
+    Raises:
+        ValueError: `like` has a sampler or batch sampler of the user's own, which knows the old dataset only.
+    """
+    sampler = like.sampler
+    if type(sampler) not in (RandomSampler, SequentialSampler) or like.batch_size is None:
+        raise ValueError(
+            f"validation_split cannot cut a DataLoader with a {type(sampler).__name__} of its own. "
+            f"Split its dataset and give the second part as validation_data."
+        )
+    keeps_order = not shuffled or type(sampler) is SequentialSampler
+    return DataLoader(
+        dataset,
+        batch_size=like.batch_size,
+        sampler=SequentialSampler(dataset)
+        if keeps_order
+        else RandomSampler(dataset, replacement=sampler.replacement, generator=sampler.generator),
+        num_workers=like.num_workers,
+        collate_fn=like.collate_fn,
+        pin_memory=like.pin_memory,
+        drop_last=like.drop_last and shuffled,
+        timeout=like.timeout,
+        worker_init_fn=like.worker_init_fn,
+        multiprocessing_context=like.multiprocessing_context,
+        generator=like.generator,
+        prefetch_factor=like.prefetch_factor,
+        persistent_workers=like.persistent_workers,
+    )
+
+
+def _length_or_none(sized: Any) -> int | None:
+    try:
+        return len(sized)
+    except TypeError:  # no `__len__`, or one that says it does not know
+        return None
+
+
+def _refuse_batch_size(data: Any, reading: Reading) -> None:
+    if reading.batch_size is not None:
+        raise ValueError(
+            f"batch_size={reading.batch_size} was given, but a {type(data).__name__} brings its own batches. "
+            f"Leave batch_size out, or set it where the batches are made."
+        )
+
+
+def _refuse_empty(length: int | None, data: Any) -> None:
+    if length == 0:
+        raise ValueError(f"the data is empty: a {type(data).__name__} of length 0, expected at least one sample.")
+
+
+def _refuse_unknown_column(data: Any, name: str) -> None:
+    columns = getattr(data, "column_names", None) or (list(data) if isinstance(data, Mapping) else [name])
+    if name not in columns:
+        raise ValueError(f"y={name!r} names no column of the data, which has {', '.join(map(repr, columns))}.")

@@ -1,0 +1,188 @@
+"""The order of everything: epochs, batches, validation, hooks, and the ways a run can end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .history import History
+from .step import Recipe, evaluation_step, forward, train_step
+from .structures import map_structure
+
+
+def fit(
+    model: Any,
+    training: Recipe,
+    epoch_batches: Callable[[], Iterable],
+    history: History,
+    *,
+    epochs: range,
+    steps_per_epoch: int | None,
+    validate: Callable[[], dict[str, Any]] | None,
+    is_validated: Callable[[int], bool],
+    step: Callable = train_step,
+) -> History:
+    """Trains epoch by epoch.
+
+    Args:
+        model: Its `stop_training` is heeded after each batch, its `epochs_trained` counted up.
+        training: What a step is made of.
+        epoch_batches: Called once for each epoch: its batches, on the device.
+        history: Where the logs of each epoch go.
+        epochs: Numbers of the epochs, 0-based.
+        steps_per_epoch: Batches asked for in each epoch; `None` = all there are.
+        validate: Called where `is_validated(epoch)`: runs the validation and returns its logs.
+        step: `train_step`, or `closure_step` where the optimizer evaluates the loss itself.
+    """
+    hooks, logs = training.hooks, {}
+    with _interruptible() as interruption, _announced_errors(hooks):
+        for hook in hooks.on_train_begin:
+            hook({})
+        for epoch in epochs:
+            for hook in hooks.on_epoch_begin:
+                hook(epoch, {})
+            steps = train_epoch(model, training, step, epoch_batches(), interruption)
+            if steps == 0:
+                _say_that_data_ended(epoch, history)
+                break
+            logs = training.tracker.result()
+            if validate is not None and is_validated(epoch) and not interruption.requested:
+                for hook in hooks.on_validation_begin:
+                    hook({})
+                values = validate()
+                for hook in hooks.on_validation_end:
+                    hook(values)
+                logs |= {f"val_{name}": value for name, value in values.items()}
+            for hook in hooks.on_epoch_end:
+                hook(epoch, logs)
+            history.record(epoch, logs)
+            model.epochs_trained += 1
+            if model.stop_training or interruption.requested:
+                break
+            if steps_per_epoch is not None and steps < steps_per_epoch:
+                warnings.warn(
+                    f"the data ended after {steps} of {steps_per_epoch} steps in epoch {epoch + 1}.", stacklevel=3
+                )
+                break
+        for hook in hooks.on_train_end:
+            hook(logs)
+    return history
+
+
+def train_epoch(model: Any, training: Recipe, step: Callable, batches: Iterable, interruption: SimpleNamespace) -> int:
+    """Trains on each batch of one epoch and returns how many there were."""
+    hooks, tracker = training.hooks, training.tracker
+    training.module.train()
+    tracker.reset()
+    index = -1
+    try:
+        for index, batch in enumerate(batches):
+            for hook in hooks.on_train_batch_begin:
+                hook(index, {})
+            step(training, batch)
+            if hooks.on_train_batch_end:
+                logs = tracker.logs()
+                for hook in hooks.on_train_batch_end:
+                    hook(index, logs)
+            if model.stop_training or interruption.requested:
+                break
+    except KeyboardInterrupt:
+        if interruption.requested:  # the second one: at once
+            raise
+        interruption.requested = True
+    return index + 1
+
+
+@torch.no_grad()
+def evaluate(evaluation: Recipe, batches: Iterable) -> dict[str, Any]:
+    """Loss and metrics over all batches, as `{name: value}`."""
+    hooks, tracker = evaluation.hooks, evaluation.tracker
+    evaluation.module.eval()
+    tracker.reset()
+    for hook in hooks.on_test_begin:
+        hook({})
+    index = -1
+    for index, batch in enumerate(batches):
+        for hook in hooks.on_test_batch_begin:
+            hook(index, {})
+        evaluation_step(evaluation, batch)
+        if hooks.on_test_batch_end:
+            logs = tracker.logs()
+            for hook in hooks.on_test_batch_end:
+                hook(index, logs)
+    if index < 0:
+        raise ValueError("the data to evaluate is empty: it gave no batch, expected at least one.")
+    logs = tracker.result()
+    for hook in hooks.on_test_end:
+        hook(logs)
+    return logs
+
+
+@torch.no_grad()
+def predict(module: torch.nn.Module, hooks: Any, batches: Iterable) -> list[Any]:
+    """What the module returns for each batch, moved to the CPU batch by batch."""
+    module.eval()
+    outputs = []
+    for hook in hooks.on_predict_begin:
+        hook({})
+    for index, (x, _, _) in enumerate(batches):
+        for hook in hooks.on_predict_batch_begin:
+            hook(index, {})
+        outputs.append(
+            map_structure(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, forward(module, x))
+        )
+        for hook in hooks.on_predict_batch_end:
+            hook(index, {"outputs": outputs[-1]})
+    for hook in hooks.on_predict_end:
+        hook({})
+    return outputs
+
+
+@contextmanager
+def _interruptible() -> Iterator[SimpleNamespace]:
+    """Ctrl-C asks for the end, so that the running step can finish; a second one raises `KeyboardInterrupt`."""
+    interruption = SimpleNamespace(requested=False)
+
+    def interrupt(number: int, frame: Any) -> None:
+        if interruption.requested:
+            raise KeyboardInterrupt
+        interruption.requested = True
+
+    # Python allows handlers in the main thread only; one that the user installed stays.
+    is_ours = threading.current_thread() is threading.main_thread()
+    is_ours = is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interruption
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def _announced_errors(hooks: SimpleNamespace) -> Iterator[None]:
+    """Tells the callbacks of an error that is about to end the run."""
+    try:
+        yield
+    except BaseException as error:
+        for hook in hooks.on_exception:
+            hook(error)
+        raise
+
+
+def _say_that_data_ended(epoch: int, history: History) -> None:
+    if not history.epoch:
+        raise ValueError("the data is empty: it gave no batch, expected at least one.")
+    warnings.warn(
+        f"the data ended before epoch {epoch + 1}: a generator can be gone through once. Give steps_per_epoch, or a "
+        f"callable that makes a new one for each epoch.",
+        stacklevel=4,
+    )

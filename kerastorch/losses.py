@@ -1,0 +1,467 @@
+"""Names and shapes of losses: a string, callable, module or dict of these -> `loss(output, target, weight)`.
+
+Decided here: which torch function a name stands for, what a loss is the mean of, and which shapes belong together.
+The mean is torch's own: over samples, or over the targets that are not `ignore_index`. With weights it is
+`sum(weight * loss) / n`, as in Keras (`reduction="sum_over_batch_size"`).
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# How many samples may decide whether an output looks like probabilities: fewer would cry wolf.
+MIN_SAMPLES_TO_JUDGE = 8
+
+
+def _log_cosh(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    error = output - target  # log(cosh(e)) without the overflow of cosh
+    return _reduce(error + F.softplus(-2.0 * error) - 0.6931471805599453, reduction)
+
+
+def _hinge(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    # Labels of 0 and 1 stand for -1 and 1. Decided on the device: an `if` here would make the host wait.
+    is_binary = ((target == 0) | (target == 1)).all()
+    return _reduce(F.relu(1.0 - torch.where(is_binary, 2.0 * target - 1.0, target) * output), reduction)
+
+
+def _squared_hinge(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return _reduce(_hinge(output, target, "none").square(), reduction)
+
+
+def _mape(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return _reduce(100.0 * ((target - output) / target.abs().clamp_min(1e-7)).abs(), reduction)
+
+
+def _msle(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    logs = (tensor.clamp_min(1e-7).log1p() for tensor in (output, target))
+    return F.mse_loss(*logs, reduction=reduction)
+
+
+def _cosine_similarity(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return _reduce(-F.cosine_similarity(output, target, dim=-1), reduction)
+
+
+def _kl_divergence(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return _reduce(F.kl_div(output.log_softmax(-1), target, reduction="none").sum(-1), reduction)
+
+
+def _poisson(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return F.poisson_nll_loss(output, target, log_input=False, eps=1e-7, reduction=reduction)
+
+
+def _reduce(values: Tensor, reduction: str) -> Tensor:
+    return values.mean() if reduction == "mean" else values
+
+
+CLASSES, VALUES = "class indices or probabilities", "values of the output's shape"
+
+# Name -> (function, what its targets are). Names are torch's without "_loss"; Keras's stand below them.
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "cross_entropy": (F.cross_entropy, CLASSES),
+    "nll": (F.nll_loss, CLASSES),
+    "multi_margin": (F.multi_margin_loss, CLASSES),
+    "mse": (F.mse_loss, VALUES),
+    "l1": (F.l1_loss, VALUES),
+    "smooth_l1": (F.smooth_l1_loss, VALUES),
+    "huber": (F.huber_loss, VALUES),
+    "bce_with_logits": (F.binary_cross_entropy_with_logits, VALUES),
+    "bce": (F.binary_cross_entropy, VALUES),
+    "poisson_nll": (F.poisson_nll_loss, VALUES),
+    "kl_div": (F.kl_div, VALUES),
+    "soft_margin": (F.soft_margin_loss, VALUES),
+    "hinge_embedding": (F.hinge_embedding_loss, VALUES),
+    "multilabel_margin": (F.multilabel_margin_loss, VALUES),
+    "multilabel_soft_margin": (F.multilabel_soft_margin_loss, VALUES),
+    # Keras's own, with Keras's formulas: https://keras.io/api/losses
+    "kl_divergence": (_kl_divergence, VALUES),
+    "poisson": (_poisson, VALUES),
+    "log_cosh": (_log_cosh, VALUES),
+    "hinge": (_hinge, VALUES),
+    "squared_hinge": (_squared_hinge, VALUES),
+    "mean_absolute_percentage_error": (_mape, VALUES),
+    "mean_squared_logarithmic_error": (_msle, VALUES),
+    "cosine_similarity": (_cosine_similarity, VALUES),
+}
+
+ALIASES = {
+    "sparse_categorical_crossentropy": "cross_entropy",
+    "categorical_crossentropy": "cross_entropy",
+    "crossentropy": "cross_entropy",
+    "binary_crossentropy": "bce_with_logits",
+    "binary_cross_entropy_with_logits": "bce_with_logits",
+    "bcewithlogits": "bce_with_logits",
+    "binary_cross_entropy": "bce",
+    "mean_squared_error": "mse",
+    "mean_absolute_error": "l1",
+    "mae": "l1",
+    "negative_log_likelihood": "nll",
+    "kld": "kl_divergence",
+    "logcosh": "log_cosh",
+    "mape": "mean_absolute_percentage_error",
+    "msle": "mean_squared_logarithmic_error",
+}
+
+# torch's loss modules by what their targets are; any other module is called as it is.
+CLASS_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+VALUE_MODULES = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCEWithLogitsLoss,
+    nn.BCELoss,
+    nn.PoissonNLLLoss,
+)
+
+
+class Loss:
+    """One loss on one output.
+
+    Attributes:
+        name: How messages call it.
+        targets: `CLASSES`, `VALUES`, or `None` where nothing is known of a user's own function.
+        ignore_index: Class index whose targets do not count, or `None` where the loss knows no such thing.
+        on_logits: Whether the output is expected to be logits, not probabilities.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], name: str, targets: str | None = None) -> None:
+        self.function, self.name, self.targets = function, name, targets
+        self.ignore_index: int | None = None
+        if function in (F.cross_entropy, F.nll_loss):
+            self.ignore_index = -100
+        elif isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)):
+            self.ignore_index = function.ignore_index
+        self.on_logits = function in (F.cross_entropy, F.binary_cross_entropy_with_logits) or isinstance(
+            function, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
+        )
+        self.is_unchecked, self._known_targets, self.has_warned = True, (), False
+
+    def expect(self, *targets: Tensor | None) -> None:
+        """Checks again at the next call, on it and on all `targets`, those of the whole run where they are known."""
+        self.is_unchecked, self._known_targets = True, tuple(known for known in targets if known is not None)
+
+    def __call__(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The mean loss, a scalar.
+
+        Args:
+            output: What the module returned, shape (samples, ...).
+            target: Class indices or values, shape (samples, ...).
+            weight: Weight of each sample, shape (samples,), or of each value of the loss; `None` = 1.
+        """
+        if self.is_unchecked:
+            self._check_first(output, target)
+        if self.targets is CLASSES:
+            output, target = align_classes(output, target)
+        elif self.targets is VALUES and target.dtype != output.dtype:
+            target = target.to(output.dtype)
+        if weight is None:
+            loss = self.function(output, target)
+            return loss if loss.ndim == 0 else loss.mean()
+        return self._weighted_mean(output, target, weight)
+
+    def _weighted_mean(self, output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        losses = self._per_sample(output, target)
+        if weight.ndim > losses.ndim:
+            weight = weight.reshape(losses.shape)
+        else:  # several values a sample: each has the sample's weight
+            weight = weight.reshape(weight.shape + (1,) * (losses.ndim - weight.ndim))
+        units = self.units(target[None])[0] if self.masks(target) else losses.numel()
+        return (losses * weight).sum() / units
+
+    def _per_sample(self, output: Tensor, target: Tensor) -> Tensor:
+        if isinstance(self.function, nn.Module) and hasattr(self.function, "reduction"):
+            module = copy.copy(self.function)
+            module.reduction = "none"
+            losses = module(output, target)
+        elif self.targets is not None:
+            losses = self.function(output, target, reduction="none")
+        else:
+            losses = self.function(output, target)
+        if losses.ndim == 0:
+            raise ValueError(
+                f"sample_weight and class_weight need a loss for each sample, but {self.name!r} returned one number. "
+                f"Return a tensor of shape ({len(output)},) instead of its mean."
+            )
+        return losses
+
+    def masks(self, target: Any) -> bool:
+        """Whether some of `target` may be ignored, so that the loss is a mean over the targets that are not."""
+        return self.ignore_index is not None and isinstance(target, Tensor) and not target.is_floating_point()
+
+    def units(self, targets: Tensor) -> Tensor:
+        """How many targets of each batch are not ignored: shape (batches, samples, ...) -> (batches,), on the device."""
+        return (targets != self.ignore_index).flatten(1).sum(1)
+
+    def _check_first(self, output: Any, target: Any) -> None:
+        known, self._known_targets, self.is_unchecked = self._known_targets, (), False
+        if target is None:
+            raise ValueError(
+                f"the data has no targets, but loss={self.name!r} needs them. Give y, let batches be (x, y), or name "
+                f"the target's column: y='label'."
+            )
+        if self.targets is None:
+            return
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"the module returned a {type(output).__name__}, but loss={self.name!r} takes one tensor. "
+                f"Give a loss for each output, as a dict or list like the output."
+            )
+        if not isinstance(target, Tensor):
+            raise ValueError(f"the target is a {type(target).__name__}, but loss={self.name!r} takes one tensor.")
+        if self.targets is CLASSES:
+            check_classes(output, target, known or (target,), self)
+        elif output.shape != target.shape:
+            raise ValueError(_shape_message(output, target, self.name))
+        if self.on_logits and not self.has_warned and _looks_like_probabilities(output, self.targets is CLASSES):
+            self.warn_of_probabilities("the outputs look like probabilities")
+
+    def warn_of_probabilities(self, finding: str) -> None:
+        """Says once that the loss expects logits."""
+        self.has_warned = True
+        warnings.warn(
+            f"{finding}, but loss={self.name!r} expects logits and would squash them twice: training will be slow and "
+            f"weak. Remove the final Softmax or Sigmoid.",
+            stacklevel=2,
+        )
+
+
+class SumOfLosses:
+    """The weighted sum of a loss for each of several outputs.
+
+    Attributes:
+        parts: Name of the output -> its loss.
+        weights: Name of the output -> factor in the sum.
+        keys: Name of the output -> where it is found in outputs and targets: a key of a dict, an index of a tuple.
+        latest: Name of the output -> its mean loss in the last call, not weighted against the others.
+    """
+
+    def __init__(self, parts: dict[str, Loss], weights: dict[str, float], keys: dict[str, Any]) -> None:
+        self.parts, self.weights, self.keys = parts, weights, keys
+        self.latest: dict[str, Tensor] = {}
+
+    def expect(self, *targets: Any) -> None:
+        for name, loss in self.parts.items():
+            loss.expect(*(_part(known, self.keys[name], "targets") for known in targets if known is not None))
+
+    def __call__(self, output: Any, target: Any, weight: Any = None) -> Tensor:
+        """The weighted sum, a scalar; `latest` has the parts."""
+        self.latest = {
+            name: loss(
+                _part(output, self.keys[name], "outputs"),
+                _part(target, self.keys[name], "targets"),
+                _part(weight, self.keys[name], "sample weights")
+                if isinstance(weight, (Mapping, tuple, list))
+                else weight,
+            )
+            for name, loss in self.parts.items()
+        }
+        return sum(loss * self.weights[name] for name, loss in self.latest.items())
+
+
+def own_loss(output: Any, target: Any = None, weight: Any = None) -> Tensor:
+    """The loss that a module computed itself: its scalar output, or `.loss` or `["loss"]` of it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(output, Tensor):
+        loss = output
+    else:
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        raise ValueError(
+            f"loss=None means that the module returns its own loss, but it returned "
+            f"{_describe(output)}. Return a scalar or something with a scalar .loss, or give compile a loss."
+        )
+    return loss
+
+
+def get(loss: Any) -> Loss | SumOfLosses | None:
+    """What `compile` was given as `loss` -> something to call.
+
+    Args:
+        loss: A name, `nn.Module`, callable `(output, target) -> tensor`, dict or list of these for several outputs,
+            each optionally `(loss, weight)`; `None` = the module returns its own loss.
+    Raises:
+        ValueError: an unknown name.
+        TypeError: something else than these.
+    """
+    if loss is None:
+        return None
+    if isinstance(loss, Mapping):
+        keys = {str(key): key for key in loss}
+        return _sum_of({str(key): part for key, part in loss.items()}, keys)
+    if isinstance(loss, list):
+        keys = {f"output_{index + 1}": index for index in range(len(loss))}
+        return _sum_of(dict(zip(keys, loss, strict=True)), keys)
+    return _one(loss)
+
+
+def _sum_of(losses: dict[str, Any], keys: dict[str, Any]) -> SumOfLosses:
+    if not losses:
+        raise ValueError("loss has no entries. Give a loss for at least one output.")
+    pairs = {name: part if isinstance(part, tuple) else (part, 1.0) for name, part in losses.items()}
+    for name, pair in pairs.items():
+        if len(pair) != 2 or not isinstance(pair[1], (int, float)):
+            raise ValueError(f'loss of {name!r} is {pair!r}, expected a loss or (loss, weight) such as ("mse", 0.5).')
+    return SumOfLosses(
+        {name: _one(part) for name, (part, _) in pairs.items()},
+        {name: float(w) for name, (_, w) in pairs.items()},
+        keys,
+    )
+
+
+def _one(loss: Any) -> Loss:
+    if isinstance(loss, str):
+        function, targets = FUNCTIONS[_known_name(loss)]
+        return Loss(function, loss, targets)
+    if inspect.isclass(loss):
+        raise TypeError(f"loss={loss.__name__} is a class, expected an instance. Give {loss.__name__}().")
+    if isinstance(loss, nn.Module):
+        kind = CLASSES if isinstance(loss, CLASS_MODULES) else VALUES if isinstance(loss, VALUE_MODULES) else None
+        return Loss(loss, type(loss).__name__, kind)
+    if callable(loss):
+        known = next((kind for function, kind in FUNCTIONS.values() if function is loss), None)
+        return Loss(loss, getattr(loss, "__name__", type(loss).__name__), known)
+    raise TypeError(
+        f"loss={loss!r} is a {type(loss).__name__}; expected a name, an nn.Module, a callable (output, target), "
+        f"or a dict or list of these."
+    )
+
+
+def _known_name(loss: str) -> str:
+    name = loss.lower().replace("-", "_").replace(" ", "_")
+    for candidate in (name, name.removesuffix("loss").removesuffix("_")):
+        candidate = ALIASES.get(candidate, candidate)
+        if candidate in FUNCTIONS:
+            return candidate
+        undivided = {known.replace("_", ""): known for known in (*FUNCTIONS, *ALIASES)}  # "CrossEntropyLoss"
+        if candidate in undivided:
+            return ALIASES.get(undivided[candidate], undivided[candidate])
+    close = difflib.get_close_matches(name, [*FUNCTIONS, *ALIASES], n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known are {', '.join(FUNCTIONS)}."
+    raise ValueError(f"loss={loss!r} is not a loss. {hint}")
+
+
+# Shapes.
+
+
+def align_classes(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves classes to dim 1, where torch has them, and makes whole floats class indices."""
+    if target.ndim == output.ndim - 1 or output.ndim == target.ndim == 1:
+        if output.ndim > 2 and has_classes_last(output, target):
+            output = output.movedim(-1, 1)
+        if target.dtype != torch.int64:
+            target = target.long()
+    elif target.dtype != output.dtype and target.shape == output.shape:
+        target = target.to(output.dtype)
+    return output, target
+
+
+def has_classes_last(output: Tensor, target: Tensor) -> bool:
+    """Whether `output` is (N, ..., C) for indices (N, ...); (N, C, ...), torch's layout, wins where both are possible."""
+    return output.shape[2:] != target.shape[1:] and output.shape[1:-1] == target.shape[1:]
+
+
+def check_classes(output: Tensor, target: Tensor, known: tuple[Tensor, ...], loss: Loss) -> None:
+    """Raises where `target`, or any of all the run's targets, cannot be classes of `output`."""
+    if target.shape == output.shape and (target.is_floating_point() or output.ndim > 1):
+        for all_targets in known:
+            values = all_targets.detach()
+            if values.is_floating_point() and not _are_probabilities(values):
+                raise ValueError(
+                    f"float targets of shape {tuple(target.shape)} are neither class indices nor probabilities that "
+                    f"sum to 1 over dim 1, as loss={loss.name!r} expects. Give indices, probabilities, or loss='mse'."
+                )
+        return
+    is_index = target.ndim == output.ndim - 1 and (
+        target.shape[1:] == output.shape[2:] or has_classes_last(output, target)
+    )
+    if not is_index or target.shape[:1] != output.shape[:1]:
+        expected = tuple(output.shape[:1] + output.shape[2:])
+        hint = "try target.squeeze(1)" if target.ndim == 2 and target.shape[1] == 1 else "give such targets"
+        raise ValueError(
+            f"output has shape {tuple(output.shape)} but target has shape {tuple(target.shape)}. {loss.name!r} takes "
+            f"class indices of shape {expected}: {hint}, or another loss, e.g. 'mse'."
+        )
+    classes = output.shape[-1 if output.ndim > 2 and has_classes_last(output, target) else 1]
+    for all_targets in known:
+        _check_indices(all_targets.detach(), classes, loss)
+
+
+def _check_indices(target: Tensor, classes: int, loss: Loss) -> None:
+    if target.is_floating_point() and not bool((target == target.round()).all()):
+        raise ValueError(
+            f"float targets with values such as {float(target[target != target.round()][0]):g} are no class indices, "
+            f"as loss={loss.name!r} expects. Give whole numbers from 0 to {classes - 1}, or loss='mse'."
+        )
+    indices = target.long()
+    if loss.ignore_index is not None:
+        indices = indices[indices != loss.ignore_index]
+    if indices.numel() == 0:
+        return
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"target has class indices from {low} to {high}, but the output has {classes} classes, 0 to {classes - 1}. "
+            f"Give the module {high + 1} outputs, or number the classes from 0."
+        )
+
+
+def _shape_message(output: Tensor, target: Tensor, name: str) -> str:
+    hint = f"Give targets of shape {tuple(output.shape)}."
+    if target.ndim == output.ndim - 1 and output.shape[-1] == 1:
+        hint = "Try y[:, None], or let the module return output.squeeze(-1)."
+    elif output.ndim == target.ndim - 1 and target.shape[-1] == 1:
+        hint = "Try y.squeeze(-1), or let the module return output[:, None]."
+    return (
+        f"output has shape {tuple(output.shape)} but target has shape {tuple(target.shape)}. {name!r} compares them value "
+        f"by value, so the shapes must be equal (torch would broadcast them to something meant by nobody). {hint}"
+    )
+
+
+def _part(tree: Any, key: Any, what: str) -> Any:
+    try:
+        return tree[key]
+    except (KeyError, IndexError, TypeError) as error:
+        has = sorted(map(str, tree)) if isinstance(tree, Mapping) else _describe(tree)
+        raise ValueError(f"the losses name {key!r}, but the {what} are {has}. Use the same names in both.") from error
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a dict of {sorted(map(str, value))}"
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")
+
+
+# Logits or probabilities.
+
+
+def warn_of_final_softmax(module: nn.Module, loss: Loss | SumOfLosses | None) -> None:
+    """One warning where the last layer makes probabilities and the loss expects logits."""
+    final = list(module.modules())[-1]
+    if isinstance(loss, Loss) and loss.on_logits and isinstance(final, (nn.Softmax, nn.Softmax2d, nn.Sigmoid)):
+        loss.warn_of_probabilities(f"the module ends in {type(final).__name__}")
+
+
+def _looks_like_probabilities(output: Tensor, over_classes: bool) -> bool:
+    values = output.detach()
+    if len(values) < MIN_SAMPLES_TO_JUDGE or (over_classes and values.ndim < 2):
+        return False
+    return _are_probabilities(values) if over_classes else bool(((values >= 0) & (values <= 1)).all())
+
+
+def _are_probabilities(values: Tensor) -> bool:
+    is_share = (values >= 0).all() & (values <= 1 + 1e-4).all()
+    return bool(is_share & ((values.sum(1) - 1).abs() < 1e-3).all())

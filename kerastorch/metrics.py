@@ -1,0 +1,333 @@
+"""Names of metrics: a string, callable or torchmetrics object -> something that is summed over an epoch.
+
+Two kinds: a `Mean` has a sum and a count, which `tracker.py` keeps on the device; a `Stateful` keeps its own state, as
+torchmetrics do. Scores that torchmetrics has (`"auc"`, `"f1"`, ...) are torchmetrics'.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .losses import VALUES, Loss, SumOfLosses, has_classes_last
+from .structures import leaves
+
+Sums = tuple[Tensor, Any]  # sum of values on the device, and how many values: an int, or a tensor on the device
+
+
+class Mean:
+    """A metric that is the mean of a value over all samples (or targets) of an epoch.
+
+    Attributes:
+        name: Its key in logs and history.
+        function: `(output, target) -> (sum, count)`.
+        joins: Whether batches may be joined before they are measured.
+        finish: What is done to the mean in the end.
+    """
+
+    def __init__(self, name: str, function: Callable, *, joins: bool = True, finish: Callable = float) -> None:
+        self.name, self.function, self.joins, self.finish = name, function, joins, finish
+
+
+class Stateful:
+    """A metric with a state of its own: `update(output, target)`, `compute()`, `reset()`, as torchmetrics have them.
+
+    Attributes:
+        name: Its key in logs and history.
+        metric: The object; `None` where `build` will make it from the first batch.
+        joins: Whether batches may be joined before they are measured.
+    """
+
+    def __init__(self, name: str, metric: Any = None, build: Callable | None = None) -> None:
+        self.name, self.metric, self.joins = name, metric, build is not None
+        self._build, self._prepare = build, None
+
+    def update(self, output: Any, target: Any) -> None:
+        if self.metric is None:  # which variant it is shows in the shapes
+            self.metric, self._prepare = self._build(output, target)
+        self.metric.update(*((output, target) if self._prepare is None else self._prepare(output, target)))
+
+    def reset(self) -> None:
+        if self.metric is not None:
+            self.metric.reset()
+
+    def result(self) -> dict[str, Any]:
+        value = self.metric.compute()
+        if isinstance(value, Mapping):  # a MetricCollection
+            return {name: _plain(part) for name, part in value.items()}
+        return {self.name: _plain(value)}
+
+
+def get(metrics: Any, loss: Loss | SumOfLosses | None) -> list[tuple[Any, Mean | Stateful]]:
+    """What `compile` was given as `metrics` -> pairs of the key of an output (`None` = the only one) and its metric.
+
+    Args:
+        metrics: A name, callable `(output, target) -> scalar or per-sample tensor` or object with `update`, `compute`
+            and `reset`, or a list of these; for several outputs a dict or list of lists of them.
+        loss: The losses compiled with them: names of outputs, and whether outputs are logits.
+    Raises:
+        ValueError: an unknown name (with the close ones), or an output without a loss of that name.
+        TypeError: something else than these.
+    """
+    if isinstance(loss, SumOfLosses):
+        return _of_several_outputs(metrics, loss)
+    if isinstance(metrics, Mapping):
+        raise ValueError(
+            f"metrics is a dict of outputs {sorted(map(str, metrics))}, but loss is not. Give both as dicts."
+        )
+    if loss is None and metrics:
+        raise ValueError("metrics were given with loss=None, where only the module knows its targets. Give a loss too.")
+    return _numbered([(None, _one(metric, loss)) for metric in _as_list(metrics)])
+
+
+def _of_several_outputs(metrics: Any, loss: SumOfLosses) -> list[tuple[Any, Mean | Stateful]]:
+    if not metrics:
+        return []
+    if not isinstance(metrics, Mapping):
+        metrics = _as_list(metrics)
+        if len(metrics) != len(loss.parts):
+            raise ValueError(
+                f"metrics is a list of {len(metrics)} for {len(loss.parts)} outputs. Give a list of metrics for each "
+                f"output, e.g. {[['accuracy'] for _ in loss.parts]}, or a dict by output."
+            )
+        metrics = dict(zip(loss.keys.values(), metrics, strict=True))
+    found = []
+    for output, chosen in metrics.items():
+        if str(output) not in loss.parts and output not in loss.keys.values():
+            raise ValueError(f"metrics name the output {output!r}, but the losses name {', '.join(loss.parts)}.")
+        name = next(name for name, key in loss.keys.items() if output in (name, key))
+        for metric in _as_list(chosen):
+            one = _one(metric, loss.parts[name])
+            one.name = f"{name}_{one.name}"
+            found.append((loss.keys[name], one))
+    # Keras lists the metrics of several outputs by name.
+    return _numbered(sorted(found, key=lambda pair: pair[1].name))
+
+
+def _numbered(found: list[tuple[Any, Mean | Stateful]]) -> list[tuple[Any, Mean | Stateful]]:
+    """A name used twice gets a number, as in Keras: `f1`, `f1_1`."""
+    seen: dict[str, int] = {}
+    for _, metric in found:
+        seen[metric.name] = seen.get(metric.name, -1) + 1
+        if seen[metric.name]:
+            metric.name = f"{metric.name}_{seen[metric.name]}"
+    return found
+
+
+def _as_list(metrics: Any) -> list:
+    if metrics is None:
+        return []
+    return list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
+
+
+def _one(metric: Any, loss: Loss | None) -> Mean | Stateful:
+    if isinstance(metric, str):
+        return _named(metric, loss)
+    if inspect.isclass(metric):
+        raise TypeError(f"metric {metric.__name__} is a class, expected an instance. Give {metric.__name__}(...).")
+    if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
+        return Stateful(_snake_case(type(metric).__name__), metric)
+    if callable(metric):
+        name = getattr(metric, "__name__", None) or getattr(getattr(metric, "func", None), "__name__", None)
+        return Mean(name or _snake_case(type(metric).__name__), _sums_of(metric), joins=False)
+    raise TypeError(
+        f"metric {metric!r} is a {type(metric).__name__}; expected a name, a callable (output, target), or an object "
+        f"with update, compute and reset such as a torchmetrics.Metric."
+    )
+
+
+def _named(name: str, loss: Loss | None) -> Mean | Stateful:
+    key = name.lower().replace("-", "_")
+    key = ALIASES.get(key, key)
+    if top := re.fullmatch(
+        r"top_?(\d+)(?:_(?:categorical_)?(?:accuracy|acc))?|(?:sparse_)?top_k_categorical_accuracy", key
+    ):
+        return Mean(name, Accuracy(loss, k=int(top.group(1) or 5)))
+    if key in ("accuracy", "binary_accuracy", "categorical_accuracy", "sparse_categorical_accuracy"):
+        return Mean(name, Accuracy(loss, is_binary={"accuracy": None, "binary_accuracy": True}.get(key, False)))
+    if key in ERRORS:
+        error, finish = ERRORS[key]
+        return Mean(name, error, finish=finish)
+    if key in SCORES:
+        return Stateful(name, build=SCORES[key](loss))
+    known = ["accuracy", "top5_accuracy", *ERRORS, *SCORES, *ALIASES]
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known are {', '.join(known[:9])}."
+    raise ValueError(f"metric {name!r} is not a metric. {hint} Any callable or torchmetrics.Metric works too.")
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def _sums_of(function: Callable) -> Callable[[Any, Any], Sums]:
+    """A user's metric as sum and count: a scalar is the mean of its batch, anything else one value a sample."""
+
+    def sums(output: Any, target: Any) -> Sums:
+        values = torch.as_tensor(function(output, target)).detach()
+        samples = len(next(leaves(output)))
+        return (values * samples, samples) if values.ndim == 0 else (values.sum(), values.numel())
+
+    return sums
+
+
+class Accuracy:
+    """Share of right predictions: binary, multi-class or multi-label by the shapes, as Keras chooses.
+
+    Targets with one dim less than the output are class indices (those of the loss's `ignore_index` do not count).
+    Targets of the output's shape are binary where there is one value a sample or the loss compares values one by one
+    (`bce_with_logits`: several labels), else one-hot.
+
+    Args:
+        loss: Tells whether outputs are logits (threshold 0) or probabilities (0.5), and what is ignored.
+        k: A prediction is right where the target is among the `k` highest. Default: 1.
+        is_binary: `True` or `False` where the metric's name says it; `None` = by shape.
+    """
+
+    def __init__(self, loss: Loss | None, k: int = 1, is_binary: bool | None = None) -> None:
+        self.k, self.is_binary = k, is_binary
+        self.ignore_index = getattr(loss, "ignore_index", None)
+        self.compares_values = loss is not None and loss.targets is VALUES
+        self.threshold = 0.5 if self.compares_values and not loss.on_logits else 0.0
+
+    def __call__(self, output: Tensor, target: Tensor) -> Sums:
+        is_one_value = output.ndim == 1 or output.shape[-1] == 1
+        if self.is_binary or (self.is_binary is None and self._is_binary(output, target, is_one_value)):
+            target = target.reshape(output.shape)
+            right = (output > self.threshold) == (target > 0.5)
+            return right.sum(), right.numel()
+        return self._of_classes(output, target)
+
+    def _is_binary(self, output: Tensor, target: Tensor, is_one_value: bool) -> bool:
+        return is_one_value or (output.shape == target.shape and self.compares_values and self.k == 1)
+
+    def _of_classes(self, output: Tensor, target: Tensor) -> Sums:
+        output, target = classes_first(output, target)
+        if self.k == 1:
+            right = output.argmax(1) == target
+        else:
+            k = min(self.k, output.shape[1])
+            right = (output.topk(k, dim=1).indices == target.unsqueeze(1)).any(1)
+        if self.ignore_index is None:
+            return right.sum(), right.numel()
+        counts = target != self.ignore_index
+        return (right & counts).sum(), counts.sum()
+
+
+def _values(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Sums]:
+    def sums(output: Tensor, target: Tensor) -> Sums:
+        if output.shape != target.shape:
+            raise ValueError(
+                f"output has shape {tuple(output.shape)} but target has shape {tuple(target.shape)}: this metric compares "
+                f"value by value, so the shapes must be equal."
+            )
+        values = function(output, target.to(output.dtype))
+        return values.sum(dtype=torch.float64 if values.device.type != "mps" else None), values.numel()
+
+    return sums
+
+
+_squares = _values(lambda output, target: (output - target).square())
+_absolutes = _values(lambda output, target: (output - target).abs())
+
+# Name -> (sums, what is done to the mean in the end).
+ERRORS: dict[str, tuple[Callable, Callable]] = {
+    "mse": (_squares, float),
+    "mae": (_absolutes, float),
+    "rmse": (_squares, lambda mean: mean**0.5),
+}
+
+ALIASES = {
+    "acc": "accuracy",
+    "mean_squared_error": "mse",
+    "mean_absolute_error": "mae",
+    "l1": "mae",
+    "root_mean_squared_error": "rmse",
+    "r2_score": "r2",
+    "auroc": "auc",
+    "f1_score": "f1",
+}
+
+
+# Scores that are no means: torchmetrics has them, for two classes, many, or several labels at once.
+
+
+def _score(name: str, **options: Any) -> Callable[[Loss | None], Callable]:
+    def for_loss(loss: Loss | None) -> Callable:
+        compares_values = loss is not None and loss.targets is VALUES
+
+        def build(output: Tensor, target: Tensor) -> tuple[Any, Callable]:
+            import torchmetrics.classification as classification
+
+            if output.ndim == 1 or output.shape[-1] == 1:
+                metric, prepare = getattr(classification, f"Binary{name}")(), partial(_binary_scores, loss)
+            elif output.shape == target.shape and compares_values:
+                metric = getattr(classification, f"Multilabel{name}")(num_labels=output.shape[1], **options)
+                prepare = partial(_binary_scores, loss)
+            else:
+                classes = output.shape[-1 if has_classes_last(output, target) else 1]
+                ignored = getattr(loss, "ignore_index", None)
+                metric = getattr(classification, f"Multiclass{name}")(classes, ignore_index=ignored, **options)
+                prepare = _class_scores
+            return metric.to(output.device), prepare
+
+        return build
+
+    return for_loss
+
+
+def _binary_scores(loss: Loss | None, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    # Squashed here: torchmetrics would guess anew for each batch whether it sees logits.
+    is_probability = loss is not None and loss.targets is not None and not loss.on_logits
+    return (output if is_probability else output.sigmoid()).reshape(target.shape), target.long()
+
+
+def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    output, target = classes_first(output, target)
+    return output.softmax(1), target.long()
+
+
+def _r2(loss: Loss | None) -> Callable:
+    def build(output: Tensor, target: Tensor) -> tuple[Any, Callable]:
+        from torchmetrics.regression import R2Score
+
+        # In float64 where there is one: the sums of squares nearly cancel.
+        dtype = torch.float32 if output.device.type == "mps" else torch.float64
+        return R2Score().to(output.device).set_dtype(dtype), partial(_flat_values, dtype)
+
+    return build
+
+
+def _flat_values(dtype: torch.dtype, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(tensor.reshape(len(tensor), -1).squeeze(-1).to(dtype) for tensor in (output, target))
+
+
+SCORES: dict[str, Callable] = {
+    "auc": _score("AUROC", average="macro"),
+    "f1": _score("F1Score", average="macro"),
+    "precision": _score("Precision", average="macro"),
+    "recall": _score("Recall", average="macro"),
+    "r2": _r2,
+}
+
+
+def classes_first(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Output with its classes in dim 1, and targets as indices: one-hot ones are read, a last dim of 1 is dropped."""
+    if target.shape == output.shape:
+        return output, target.argmax(1)
+    if target.ndim == output.ndim and target.shape[-1] == 1:
+        target = target.squeeze(-1)
+    if output.ndim > 2 and has_classes_last(output, target):
+        output = output.movedim(-1, 1)
+    return output, target
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value

@@ -1,0 +1,575 @@
+"""Model: Keras's verbs for any `torch.nn.Module`, what they remember, and the checks of their arguments.
+
+No loop and no maths: `fit` goes on in `loop.fit`, a step in `step.train_step`, the data in `data.open_data`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from . import backends, checks, loop, optimizers
+from . import losses as named_losses
+from . import metrics as named_metrics
+from .callbacks.base import hooks_of
+from .callbacks.progress import progress_for
+from .data import Data, Reading, open_data, peek, split_tail
+from .history import History
+from .losses import own_loss
+from .step import Recipe, closure_step, forward, train_step
+from .structures import join, leaves, map_structure
+from .summary import Summary, summarize
+from .tensors import is_arrays, to_tensor
+from .tracker import Tracker, copies
+
+
+class Model:
+    """Gives a module `compile`, `fit`, `evaluate`, `predict` and `summary`.
+
+    Args:
+        module: Any `torch.nn.Module`. It is moved to the backend's device and stays usable on its own.
+        backend: `"auto"` (the best device there is), `"cpu"`, `"gpu"`, a device such as `"cuda:1"`, or an instance from
+            `kerastorch.backends`. Default: `"auto"`.
+    Attributes:
+        module: The module.
+        history: The `History` of the last `fit`; `None` before the first.
+        optimizer: The torch optimizer; `None` before `compile`, and before a lazy module has seen its first batch.
+        stop_training: Set to `True`, by a callback say, to end the run after the running batch.
+        epochs_trained: Epochs finished over all calls of `fit`: the order of the next epoch depends on it.
+    Example:
+        >>> model = Model(nn.Linear(4, 1), backend="cpu").compile("sgd", "mse")
+        >>> history = model.fit(torch.rand(64, 4), torch.rand(64, 1), epochs=2, verbose=0)
+        >>> len(history.history["loss"])
+        2
+    """
+
+    def __init__(self, module: nn.Module, *, backend: Any = "auto") -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module is a {type(module).__name__}, expected a torch.nn.Module.")
+        self.backend = backends.get(backend)
+        self.module = self.backend.place(module)
+        self.history: History | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.stop_training = False
+        self.epochs_trained = 0
+        self._make_optimizer: Callable[[], torch.optim.Optimizer] | None = None
+        self._loss: named_losses.Loss | named_losses.SumOfLosses | None = None
+        self._training_tracker: Tracker | None = None
+        self._evaluation_tracker: Tracker | None = None
+        self._tracker: Tracker | None = None  # the one of the two that runs
+
+    # Choosing.
+
+    def compile(
+        self, optimizer: Any = "adam", loss: Any = None, *, metrics: Any = (), lr: float | None = None
+    ) -> Model:
+        """Chooses how the module is trained and measured; a second call starts over with a new optimizer.
+
+        Args:
+            optimizer: Name of any class in `torch.optim` (any case), a class or `functools.partial` of one, an instance,
+                or a callable `params -> Optimizer`. Default: `"adam"`.
+            loss: A torch name (`"cross_entropy"`, `"mse"`, `"bce_with_logits"`, ...) or Keras's
+                (`"sparse_categorical_crossentropy"`, ...), always on logits; an `nn.Module`; a callable
+                `(output, target) -> tensor`; for several outputs a dict or list of these, each optionally
+                `(loss, weight)`. `None` = the module returns its own loss. Default: `None`.
+            metrics: Names, callables `(output, target) -> scalar or per-sample tensor`, torchmetrics objects; for several
+                outputs a dict or list of lists of these. Default: none.
+            lr: Learning rate; `None` = the optimizer's own default.
+        Returns:
+            The model, so that `kt.Model(net).compile("adam", "mse").fit(x, y)` is one line.
+        Raises:
+            ValueError: an unknown name, an impossible rate, or an optimizer of other parameters.
+            TypeError: an argument of a type not named above.
+        """
+        chosen_loss = named_losses.get(loss)
+        chosen_metrics = named_metrics.get(metrics, chosen_loss)
+        make_optimizer = optimizers.maker(optimizer, lr)
+        # A lazy module has no parameters yet, and a module without any can still be evaluated.
+        waits = _is_lazy(self.module) or not any(True for _ in self.module.parameters())
+        self.optimizer = None if waits else make_optimizer(self.module)
+        self._make_optimizer = make_optimizer
+        self._loss = chosen_loss
+        # Two states: validation never counts into the running epoch. The user's own objects hold the evaluation's.
+        self._training_tracker = Tracker(self._loss, copies(chosen_metrics), self.backend.device)
+        self._evaluation_tracker = Tracker(self._loss, chosen_metrics, self.backend.device)
+        named_losses.warn_of_final_softmax(self.module, chosen_loss)
+        return self
+
+    # Training.
+
+    def fit(
+        self,
+        data: Any,
+        y: Any = None,
+        *,
+        epochs: int = 1,
+        batch_size: int | None = None,
+        callbacks: Any = (),
+        validation_data: Any = None,
+        validation_split: float = 0.0,
+        validation_freq: int | Iterable[int] = 1,
+        shuffle: bool = True,
+        class_weight: Mapping[int, float] | None = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        verbose: int | str = "auto",
+    ) -> History:
+        """Trains the module; a second call goes on where the first ended.
+
+        Args:
+            data: Arrays (numpy, torch, pandas, lists, nested tuples and dicts of them), `(x, y[, weight])`, a `Dataset`,
+                `IterableDataset`, `DataLoader`, Hugging Face dataset, an iterable of batches, or a callable that returns
+                one of these and is called anew for each epoch.
+            y: Targets of arrays, shape (samples, ...); or the name of the target's column where samples are mappings.
+            epochs: Number of the epoch to end before, as in Keras: with `initial_epoch=2`, `epochs=5` trains three.
+            batch_size: Samples in a batch of arrays or a dataset; `None` = 32. Loaders bring their own.
+            callbacks: `Callback`s, or Keras's.
+            validation_data: Any form that `data` may have. Default: none.
+            validation_split: Share of the samples cut off the end, before shuffling, to validate on.
+            validation_freq: Validate after every so many epochs, or after the epochs in a list, counted from 1.
+            shuffle: Whether each epoch has a new order (arrays and datasets; loaders keep theirs).
+            class_weight: `{class index: weight}`, for the loss of training.
+            sample_weight: Weights of arrays, shape (samples,): the loss is `sum(weight * loss) / samples`.
+            initial_epoch: Number of the first epoch, 0-based.
+            steps_per_epoch: Batches in an epoch; the next one goes on in the data where it ended. `None` = one pass.
+            validation_steps: Batches of a validation; `None` = one pass.
+            validation_batch_size: As `batch_size`, for validation; `None` = `batch_size`.
+            verbose: 0 = silent, 1 = a live line, 2 = a line for each epoch, `"auto"` = 1 on a terminal, else 2.
+        Returns:
+            The `History`, also in `model.history`.
+        Raises:
+            RuntimeError: `compile` was not called.
+            ValueError, TypeError: an argument or the data is not as above; the module is as it was before.
+        Source: semantics of `keras.Model.fit`.
+        """
+        self._refuse_uncompiled("fit")
+        checks.refuse_nonpositive(epochs=epochs, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
+        checks.refuse_nonpositive(validation_steps=validation_steps, validation_batch_size=validation_batch_size)
+        checks.refuse_validation(validation_split, validation_freq)
+        checks.refuse_initial_epoch(initial_epoch)
+        checks.refuse_class_weight(class_weight)
+        callbacks = _as_list(callbacks)
+        user_hooks = hooks_of(callbacks)
+        epoch_numbers = range(initial_epoch, epochs)
+
+        source, validation_source = (data, y, sample_weight), (validation_data, None, None)
+        if validation_split and validation_data is None:
+            source, validation_source = split_tail(*source, validation_split)
+        if isinstance(y, str):
+            validation_source = (validation_source[0], y, None)
+        training_data = open_data(*source, self._reading(batch_size, shuffle=shuffle, class_weight=class_weight))
+        validation = None
+        if validation_source[0] is not None:
+            reading = self._reading(
+                validation_batch_size or batch_size, may_enlarge=not _hears_batches(user_hooks, "test")
+            )
+            validation = open_data(*validation_source, reading)
+            checks.refuse_unlike(training_data.targets, validation.targets)
+            checks.refuse_second_pass(validation.repeats, validation_steps, epoch_numbers, validation_freq)
+
+        training_data = self._with_optimizer(training_data)
+        params = {"verbose": verbose, "epochs": epochs, "steps": steps_per_epoch or training_data.steps}
+        hooks = self._hooks(callbacks, verbose, params)
+        training = self._recipe(self._training_tracker, hooks)
+        evaluation = self._recipe(self._evaluation_tracker, hooks)
+        self._expect(training_data.targets, None if validation is None else validation.targets)
+        with _modes_kept(self.module), self._as_before_unless_trained(training), self._shown(self._training_tracker):
+            self.history, self.stop_training = History(params), False
+            self.epochs_trained = max(self.epochs_trained, initial_epoch)
+            return loop.fit(
+                self,
+                training,
+                self._epochs(training_data, steps_per_epoch),
+                self.history,
+                epochs=epoch_numbers,
+                steps_per_epoch=steps_per_epoch,
+                validate=validation and partial(self._validate, evaluation, validation, validation_steps),
+                is_validated=partial(checks.is_due, freq=validation_freq),
+                step=self._step(),
+            )
+
+    def train_on_batch(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        sample_weight: Any = None,
+        class_weight: Mapping[int, float] | None = None,
+        return_dict: bool = False,
+    ) -> float | list | dict[str, Any]:
+        """One optimizer step on one batch.
+
+        Args:
+            x: Inputs, first dim samples; a tuple is spread as positional arguments, a dict as keywords.
+            y: Targets.
+            sample_weight: Weights, shape (samples,).
+            class_weight: `{class index: weight}`.
+            return_dict: Whether to return `{name: value}`. Default: `False`.
+        Returns:
+            Loss and metrics of this batch alone, before the update: a float, a list if there are metrics, or a dict.
+        Raises:
+            RuntimeError: `compile` was not called.
+            ValueError, TypeError: the data is not as above; the module is as it was before.
+        """
+        self._refuse_uncompiled("train_on_batch")
+        checks.refuse_class_weight(class_weight)
+        reading = self._reading(_samples_in(x), class_weight=class_weight)
+        batch = self._with_optimizer(open_data((x, y), None, sample_weight, reading))
+        training = self._recipe(self._evaluation_tracker, NO_HOOKS)
+        self._evaluation_tracker.reset()
+        self._expect(batch.targets)
+        with _modes_kept(self.module), self._as_before_unless_trained(training):
+            self.module.train()
+            self._step()(training, next(self._batches(batch.batches(0))))
+        return _returned(self._evaluation_tracker.result(), return_dict)
+
+    # Measuring.
+
+    def evaluate(
+        self,
+        data: Any,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        steps: int | None = None,
+        callbacks: Any = (),
+        return_dict: bool = False,
+        verbose: int | str = "auto",
+    ) -> float | list | dict[str, Any]:
+        """Loss and metrics over the data, in eval mode and without gradients.
+
+        Args:
+            data: As in `fit`, with `y` and `sample_weight`.
+            batch_size: Samples in a batch of arrays or a dataset; `None` = 32, or more where samples are small.
+            steps: Batches to evaluate; `None` = all.
+            callbacks: `Callback`s, or Keras's.
+            return_dict: Whether to return `{name: value}`. Default: `False`.
+            verbose: As in `fit`.
+        Returns:
+            The loss as a float, `[loss, *metrics]` if there are metrics, or a dict.
+        Raises:
+            RuntimeError: `compile` was not called.
+            ValueError, TypeError: an argument or the data is not as above.
+        """
+        self._refuse_uncompiled("evaluate")
+        checks.refuse_nonpositive(batch_size=batch_size, steps=steps)
+        callbacks = _as_list(callbacks)
+        may_enlarge = steps is None and not _hears_batches(hooks_of(callbacks), "test")
+        opened = open_data(data, y, sample_weight, self._reading(batch_size, may_enlarge=may_enlarge))
+        hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
+        self._expect(opened.targets)
+        with _modes_kept(self.module), self._shown(self._evaluation_tracker):
+            logs = loop.evaluate(
+                self._recipe(self._evaluation_tracker, hooks), self._batches(islice(opened.batches(0), steps))
+            )
+        return _returned(logs, return_dict)
+
+    def test_on_batch(
+        self, x: Any, y: Any = None, *, sample_weight: Any = None, return_dict: bool = False
+    ) -> float | list | dict[str, Any]:
+        """Loss and metrics of one batch, in eval mode; arguments and result as in `train_on_batch`."""
+        self._refuse_uncompiled("test_on_batch")
+        batch = (x, y) if sample_weight is None else (x, y, sample_weight)
+        return self.evaluate(batch, batch_size=_samples_in(x), return_dict=return_dict, verbose=0)
+
+    def predict(
+        self,
+        data: Any,
+        *,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        callbacks: Any = (),
+        verbose: int | str = "auto",
+    ) -> Any:
+        """What the module returns for the data, in eval mode and without gradients.
+
+        Args:
+            data: As in `fit`; targets and weights in it are left aside. A tuple of arrays is several inputs where the
+                module takes as many, else `(x, y[, weight])`.
+            batch_size: Samples in a batch of arrays or a dataset; `None` = 32, or more where samples are small.
+            steps: Batches to predict; `None` = all.
+            callbacks: `Callback`s, or Keras's.
+            verbose: As in `fit`.
+        Returns:
+            The outputs in the order of the inputs and in the structure the module returns: numpy arrays where the
+            inputs are numpy, pandas or lists, else tensors on the CPU.
+        Raises:
+            ValueError, TypeError: an argument or the data is not as above.
+        """
+        checks.refuse_nonpositive(batch_size=batch_size, steps=steps)
+        callbacks = _as_list(callbacks)
+        may_enlarge = steps is None and not _hears_batches(hooks_of(callbacks), "predict")
+        wants_numpy = is_arrays(data) and not any(isinstance(leaf, Tensor) for leaf in leaves(data))
+        opened = open_data(self._inputs(data), None, None, self._reading(batch_size, may_enlarge=may_enlarge))
+        hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
+        with _modes_kept(self.module):
+            outputs = loop.predict(self.module, hooks, self.backend.feed(islice(opened.batches(0), steps)))
+        if not outputs:
+            raise ValueError("the data is empty: it gave no batch, expected at least one.")
+        joined = join(outputs, _concatenated)
+        return map_structure(_to_numpy, joined) if wants_numpy else joined
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """What the module returns for one batch; argument and result as in `predict`."""
+        return self.predict(x, batch_size=_samples_in(x), verbose=0)
+
+    def __call__(self, *inputs: Any, **named_inputs: Any) -> Any:
+        """Runs the module in eval mode and without gradients; arrays become tensors on its device."""
+        tensors = map_structure(
+            lambda leaf: self.backend.move(to_tensor(leaf, _dtype_of(self.module))), (inputs, named_inputs)
+        )
+        with _modes_kept(self.module), torch.no_grad():
+            return self.module.eval()(*tensors[0], **tensors[1])
+
+    def summary(
+        self,
+        input: Any = None,
+        *,
+        depth: int | str = 3,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+    ) -> Summary:
+        """The weights summary: a tree of modules with shapes, parameters and FLOPs; nothing is computed or changed.
+
+        Args:
+            input: A batch of inputs, or its shape such as `(32, 1, 28, 28)`; `None` = a table without shapes.
+            depth: Levels of the tree, or `"top"` (1) or `"full"` (all). Default: 3.
+            batch_size: Batch size to estimate the memory of a training step for; `None` = that of `input`.
+            verbose: 0 = only return it, 1 = also print it, `"auto"` = print it unless in a notebook, which shows it.
+        Returns:
+            A `Summary`, whose `str` is the table.
+        Raises:
+            ValueError: a `depth` or `input` that is none.
+        """
+        summary = summarize(self.module, input, depth=depth, batch_size=batch_size, optimizer=self.optimizer)
+        if verbose == 1 or (verbose == "auto" and not False):
+            summary.print()
+        return summary
+
+    # What Keras's callbacks ask a model for.
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples of the running epoch or evaluation so far."""
+        return 0 if self._tracker is None else self._tracker.samples
+
+    def get_weights(self) -> list[np.ndarray]:
+        """Copies of all parameters and buffers as numpy arrays, in the order of `module.state_dict()`."""
+        return [_to_numpy(tensor.detach().cpu()).copy() for tensor in self.module.state_dict().values()]
+
+    def set_weights(self, weights: list[np.ndarray]) -> None:
+        """Puts back what `get_weights` returned.
+
+        Raises:
+            ValueError: not as many arrays as the module has parameters and buffers.
+        """
+        state = self.module.state_dict()
+        if len(weights) != len(state):
+            raise ValueError(
+                f"weights has {len(weights)} arrays, expected {len(state)}, one for each of {list(state)}."
+            )
+        self.module.load_state_dict({name: torch.as_tensor(array) for name, array in zip(state, weights, strict=True)})
+
+    # From arguments to what the loop takes.
+
+    def _reading(self, batch_size: int | None, *, may_enlarge: bool = False, **options: Any) -> Reading:
+        return Reading(
+            dtype=_dtype_of(self.module),
+            batch_size=batch_size,
+            # The names that Hugging Face's datasets give to targets; a module with a loss of its own takes them itself.
+            targets=("labels", "label") if self._loss is not None else (),
+            hold=self.backend.hold,
+            evaluating=may_enlarge and self._treats_samples_alone(),
+            **options,
+        )
+
+    def _treats_samples_alone(self) -> bool:
+        """Whether results cannot depend on how samples are batched, as far as is known."""
+        normalizes_batches = any(
+            isinstance(part, nn.modules.batchnorm._NormBase) and part.running_mean is None
+            for part in self.module.modules()
+        )
+        if normalizes_batches or self._evaluation_tracker is None:
+            return not normalizes_batches
+        return self._evaluation_tracker.joins and getattr(self._loss, "targets", None) is not None
+
+    def _with_optimizer(self, opened: Data) -> Data:
+        """Makes the optimizer if it is still to be made: a lazy module gets its parameters from a first batch."""
+        if _is_lazy(self.module):
+            batch, opened = peek(opened)
+            with _modes_kept(self.module), torch.no_grad():
+                forward(self.module.eval(), self.backend.move(batch[0]))
+        if not any(parameter.requires_grad for parameter in self.module.parameters()):
+            raise ValueError(
+                "the module has no trainable parameters. Unfreeze some (parameter.requires_grad_()), or call evaluate or "
+                "predict, which need none."
+            )
+        if self.optimizer is None:
+            self.optimizer = self._make_optimizer(self.module)
+        return opened
+
+    def _recipe(self, tracker: Tracker, hooks: Any) -> Recipe:
+        parameters = tuple(parameter for parameter in self.module.parameters() if parameter.requires_grad)
+        loss = own_loss if self._loss is None else self._loss
+        return Recipe(self.module, loss, tracker, hooks, self.optimizer, parameters)
+
+    def _step(self) -> Callable:
+        return closure_step if optimizers.needs_closure(self.optimizer) else train_step
+
+    def _epochs(self, opened: Data, steps_per_epoch: int | None) -> Callable[[], Iterator]:
+        """A function that gives the batches of one epoch after the other."""
+        if steps_per_epoch is None:
+            return lambda: self._batches(opened.batches(self.epochs_trained))
+        stream = opened.stream(self.epochs_trained)
+        return lambda: self._batches(islice(stream, steps_per_epoch))
+
+    def _batches(self, batches: Iterable) -> Iterator:
+        fed = self.backend.feed(batches)
+        return fed if self._loss is not None else map(_targets_as_inputs, fed)
+
+    def _validate(self, evaluation: Recipe, validation: Data, steps: int | None) -> dict[str, Any]:
+        with self._shown(self._evaluation_tracker):
+            return loop.evaluate(evaluation, self._batches(islice(validation.batches(0), steps)))
+
+    def _inputs(self, data: Any) -> Any:
+        """`data` without the targets that a tuple of arrays may carry."""
+        if not isinstance(data, tuple) or not is_arrays(data):
+            return data
+        is_pair = 2 <= len(data) <= 3 and not _takes(self.module, len(data))
+        return (data[0] if is_pair else data, None)
+
+    def _expect(self, *targets: Any) -> None:
+        if self._loss is not None:
+            self._loss.expect(*targets)
+
+    def _hooks(self, callbacks: list[Any], verbose: int | str, params: dict[str, Any]) -> Any:
+        callbacks = callbacks + progress_for(verbose, callbacks)
+        hooks = hooks_of(callbacks)
+        for callback in callbacks:
+            for method, argument in (("set_params", params), ("set_model", self)):
+                if hasattr(callback, method):
+                    getattr(callback, method)(argument)
+        return hooks
+
+    def _refuse_uncompiled(self, verb: str) -> None:
+        if self._make_optimizer is None:
+            raise RuntimeError(
+                f'{verb} was called before compile. Call e.g. model.compile("adam", "cross_entropy") first.'
+            )
+
+    @contextmanager
+    def _shown(self, tracker: Tracker) -> Iterator[None]:
+        """`samples_seen` is that of `tracker` meanwhile."""
+        before, self._tracker = self._tracker, tracker
+        try:
+            yield
+        finally:
+            self._tracker = before
+
+    @contextmanager
+    def _as_before_unless_trained(self, training: Recipe) -> Iterator[None]:
+        """An error before the first optimizer step leaves buffers, random numbers and history as they were."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        random_state = torch.get_rng_state()
+        history, epochs_trained = self.history, self.epochs_trained
+        try:
+            yield
+        except BaseException:
+            if training.steps == 0:
+                with torch.no_grad():
+                    for buffer, before in buffers:
+                        buffer.copy_(before)
+                torch.set_rng_state(random_state)
+                self.history, self.epochs_trained = history, epochs_trained
+            raise
+        finally:
+            for parameter in training.parameters:
+                parameter.grad = None
+
+
+NO_HOOKS = hooks_of(())
+
+
+@contextmanager
+def _modes_kept(module: nn.Module) -> Iterator[None]:
+    """Hands every submodule back in the mode, train or eval, that it came in."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters())
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    floating = (parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point)
+    return next(floating, torch.get_default_dtype())
+
+
+def _takes(module: nn.Module, inputs: int) -> bool:
+    """Whether `forward` takes so many positional arguments."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return True
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(parameter.kind in positional for parameter in parameters) >= inputs
+
+
+def _targets_as_inputs(batch: tuple) -> tuple:
+    """A module that computes its own loss takes the targets behind its inputs."""
+    x, target, weight = batch
+    if target is None:
+        return batch
+    if isinstance(x, Mapping):
+        raise ValueError("loss=None and inputs by name: put the target among them too, or give compile a loss.")
+    return (*x, target) if isinstance(x, tuple) else (x, target), None, weight
+
+
+def _hears_batches(hooks: Any, stage: str) -> bool:
+    return bool(getattr(hooks, f"on_{stage}_batch_begin") or getattr(hooks, f"on_{stage}_batch_end"))
+
+
+def _as_list(callbacks: Any) -> list[Any]:
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+
+
+def _samples_in(x: Any) -> int:
+    first = next(leaves(x if not isinstance(x, list) else (x,)), None)
+    return len(first)
+
+
+def _returned(logs: dict[str, Any], return_dict: bool) -> float | list | dict[str, Any]:
+    """As Keras returns results: a dict, else a list, else, where there is nothing but the loss, a float."""
+    if return_dict:
+        return logs
+    return list(logs.values()) if len(logs) > 1 else logs["loss"]
+
+
+def _concatenated(outputs: list[Any]) -> Any:
+    if not isinstance(outputs[0], Tensor):
+        raise TypeError(f"the module returned a {type(outputs[0]).__name__} in its output, expected tensors only.")
+    return torch.stack(outputs) if outputs[0].ndim == 0 else torch.cat(outputs)
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    # numpy has no bfloat16
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

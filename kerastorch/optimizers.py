@@ -1,0 +1,234 @@
+"""Names of optimizers -> torch optimizers: fused where torch can, with a step that costs what its kernel costs.
+
+The numbers are torch's: defaults, `weight_decay`, `eps` and state are those of the class in `torch.optim` (Keras's
+differ: its Adam has `eps=1e-7`, torch's 1e-8).
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def maker(optimizer: Any, lr: float | None = None) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """What `compile` was given as `optimizer` -> a function that makes the torch optimizer for a module.
+
+    All parameters of the module are optimized, frozen ones too once they are unfrozen.
+
+    Args:
+        optimizer: Name of a class in `torch.optim` (any case), such a class or a `functools.partial` of one, an
+            instance, or a callable `params -> Optimizer`.
+        lr: Learning rate instead of the optimizer's own; `None` = its own.
+    Raises:
+        ValueError: an unknown name or an impossible rate; when called, an instance that optimizes other parameters.
+        TypeError: something else than these.
+    """
+    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr >= 0):
+        raise ValueError(f"lr={lr!r} is not a learning rate. Give a number from 0 up, e.g. 1e-3.")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return lambda module: _with_rate(_checked(optimizer, module), lr)
+    make = by_name(optimizer) if isinstance(optimizer, str) else optimizer
+    if not callable(make):
+        raise TypeError(
+            f"optimizer={optimizer!r} is a {type(optimizer).__name__}; expected a name, a class of torch.optim, an "
+            f"instance, or a callable that takes the parameters."
+        )
+    kind, arguments, options = make, (), {}
+    if isinstance(make, functools.partial):
+        kind, arguments, options = make.func, make.args, make.keywords
+    if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer):
+        if lr is not None:
+            options = options | {"lr": lr}
+        return lambda module: _instance(kind, module, arguments, options)
+    return lambda module: _with_rate(_checked(make(module.parameters()), module), lr)
+
+
+def _instance(kind: type, module: nn.Module, arguments: tuple, options: dict[str, Any]) -> torch.optim.Optimizer:
+    options = _fastest(kind, module, options) | options
+    kind = LEAN.get(kind, kind) if options.get("fused") else kind
+    return kind(module.parameters(), *arguments, **options)
+
+
+def by_name(name: str) -> type[torch.optim.Optimizer]:
+    """The class of `torch.optim` with this name, in any case."""
+    known = {
+        key.lower(): kind
+        for key, kind in vars(torch.optim).items()
+        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    }
+    if name.lower() not in known:
+        names = [kind.__name__.lower() for kind in known.values()]
+        close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known are {', '.join(sorted(names))}."
+        raise ValueError(f"optimizer={name!r} is not in torch.optim. {hint}")
+    return known[name.lower()]
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step` computes the loss several times itself and so must be given how (LBFGS)."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _with_rate(optimizer: torch.optim.Optimizer, lr: float | None) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups if lr is not None else ():
+        group["lr"] = lr
+    return optimizer
+
+
+def _checked(optimizer: Any, module: nn.Module) -> torch.optim.Optimizer:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer(params) returned a {type(optimizer).__name__}, expected a torch.optim.Optimizer.")
+    own = {id(parameter) for parameter in module.parameters()}
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = sum(id(parameter) not in own for parameter in given)
+    if foreign:
+        raise ValueError(
+            f"{foreign} of the {len(given)} parameters that this {type(optimizer).__name__} optimizes are not the "
+            f"module's. Make it from module.parameters(), or give its name and let compile make it."
+        )
+    return optimizer
+
+
+def _fastest(kind: type, module: nn.Module, given: dict[str, Any]) -> dict[str, bool]:
+    """`fused=True` where the class has it and all parameters can, else `foreach=True`; nothing where the user chose."""
+    options = inspect.signature(kind).parameters
+    if {"fused", "foreach", "capturable", "differentiable"} & set(given):
+        return {}
+    has_sparse = any(getattr(part, "sparse", False) for part in module.modules())
+    devices = {parameter.device.type for parameter in module.parameters()}
+    if "fused" in options and not has_sparse and devices <= {"cpu", "cuda", "mps", "xpu"}:
+        if all(torch.is_floating_point(parameter) for parameter in module.parameters()):
+            return {"fused": True}
+    return {"foreach": True} if "foreach" in options and not has_sparse else {}
+
+
+# A step that costs what its kernel costs. `torch.optim` finds states and groups tensors anew at each step, which for a
+# small model takes several times as long as the update itself. Below, the lists that a fused kernel takes are made once
+# and used as long as nothing has changed. Everything else (state, `state_dict`, hooks, schedulers) is torch's.
+
+
+class _Lists:
+    """What a fused kernel takes for one parameter group."""
+
+    def __init__(self, group: dict[str, Any], state: dict[Tensor, dict[str, Any]], names: tuple[str, ...]) -> None:
+        self.parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        self.idle = [parameter for parameter in group["params"] if parameter.grad is None]
+        self.states = [[state[parameter][name] for parameter in self.parameters] for name in names]
+        self.names = names
+
+    def gradients(self, state: dict[Tensor, dict[str, Any]]) -> list[Tensor] | None:
+        """The gradients; `None` where the lists no longer hold: another parameter has one, or a state was loaded."""
+        for parameter in self.idle:
+            if parameter.grad is not None:
+                return None
+        gradients = []
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                return None
+            gradients.append(parameter.grad)
+        if gradients and self.names and state[self.parameters[0]].get(self.names[0]) is not self.states[0][0]:
+            return None
+        return gradients
+
+
+def _lean(parent: type, state_names: Callable[[dict], tuple[str, ...]], update: Callable[..., None]) -> type:
+    """A subclass of a torch optimizer that calls its fused kernel at once wherever the lists of the last step hold.
+
+    Args:
+        parent: Class of `torch.optim` that has `fused=True`.
+        state_names: Parameter group -> names of the states its kernel takes.
+        update: `(lists, gradients, group)` -> one call of the kernel.
+    """
+    full_step = inspect.unwrap(parent.step)
+
+    class Lean(parent):
+        _lists: list[_Lists] | None = None
+
+        @torch.no_grad()
+        def step(self, closure: Callable | None = None) -> Any:
+            # `found_inf` is left here by a gradient scaler, for torch's own step to heed.
+            lists = None if closure is not None or hasattr(self, "found_inf") else self._lists
+            if lists is None or len(lists) != len(self.param_groups):
+                return self._remember(full_step(self, closure))
+            found = [group_lists.gradients(self.state) for group_lists in lists]
+            for gradients in found:
+                if gradients is None:
+                    return self._remember(full_step(self))
+            for group, group_lists, gradients in zip(self.param_groups, lists, found, strict=True):
+                if gradients:
+                    update(group_lists, gradients, group)
+
+        def _remember(self, loss: Any) -> Any:
+            groups = self.param_groups
+            is_fused = all(group["fused"] and _is_uniform(group) for group in groups)
+            self._lists = [_Lists(group, self.state, state_names(group)) for group in groups] if is_fused else None
+            return loss
+
+    Lean.__name__ = Lean.__qualname__ = parent.__name__
+    Lean.__doc__ = parent.__doc__
+    return Lean
+
+
+def _is_uniform(group: dict[str, Any]) -> bool:
+    """Whether one kernel call can update the whole group: one dtype, one device, a rate that is a number."""
+    kinds = {(parameter.dtype, parameter.device) for parameter in group["params"]}
+    return len(kinds) == 1 and not isinstance(group["lr"], Tensor)
+
+
+def _adam_states(group: dict[str, Any]) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", "step") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
+
+
+def _adam_update(lists: _Lists, gradients: list[Tensor], group: dict[str, Any]) -> None:
+    averages, squares, steps, *largest = lists.states
+    beta1, beta2 = group["betas"]
+    torch._foreach_add_(steps, 1)
+    kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    kernel(
+        lists.parameters,
+        gradients,
+        averages,
+        squares,
+        largest[0] if largest else [],
+        steps,
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=group["amsgrad"],
+        maximize=group["maximize"],
+    )
+
+
+def _sgd_states(group: dict[str, Any]) -> tuple[str, ...]:
+    return ("momentum_buffer",) if group["momentum"] else ()
+
+
+def _sgd_update(lists: _Lists, gradients: list[Tensor], group: dict[str, Any]) -> None:
+    torch._fused_sgd_(
+        lists.parameters,
+        gradients,
+        lists.states[0] if lists.states else [],
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        lr=group["lr"],
+        dampening=group["dampening"],
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+        is_first_step=False,
+    )
+
+
+Adam = _lean(torch.optim.Adam, _adam_states, _adam_update)
+AdamW = _lean(torch.optim.AdamW, _adam_states, _adam_update)
+SGD = _lean(torch.optim.SGD, _sgd_states, _sgd_update)
+
+LEAN = {torch.optim.Adam: Adam, torch.optim.AdamW: AdamW, torch.optim.SGD: SGD}

@@ -1,0 +1,189 @@
+"""Running sums of losses and metrics on the device; the one read of an epoch happens when somebody looks.
+
+A step only keeps what it computed. Every so many steps the kept batches are joined and turned into sums in one go: the
+cost of a metric is a few operations per `MAX_PENDING` steps instead of a few per step, and the sums are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .history import Logs
+from .losses import Loss, SumOfLosses
+from .metrics import Mean, Stateful, Sums
+from .structures import map_structure
+
+# Batches kept before they are summed: at most so many, and at most so many output values (1 MB of float32) together,
+# so that large outputs, say of a language model, are summed at once and never kept.
+MAX_PENDING = 64
+MAX_PENDING_VALUES = 2**18
+
+
+class Tracker:
+    """The running means of one epoch, or of one evaluation.
+
+    Args:
+        loss: What the losses given to `add` came from; `None` = the module's own.
+        metrics: Pairs of the key of an output (`None` = the only one) and a `Mean` or `Stateful`.
+        device: Where the sums are kept.
+    """
+
+    def __init__(
+        self, loss: Loss | SumOfLosses | None, metrics: list[tuple[Any, Mean | Stateful]], device: Any
+    ) -> None:
+        self.loss = loss
+        self.means = [(key, metric) for key, metric in metrics if isinstance(metric, Mean)]
+        self.stateful = [(key, metric) for key, metric in metrics if isinstance(metric, Stateful)]
+        self.names = [metric.name for _, metric in metrics]
+        self._has_parts = isinstance(loss, SumOfLosses)
+        self.joins = all(metric.joins for _, metric in metrics) and not self._has_parts
+        # Sums in float64: in float32 a count stops growing at 2**24 samples. MPS has no float64.
+        self.dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        for _, metric in self.stateful:
+            if hasattr(metric.metric, "to"):
+                metric.metric.to(device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything: a new epoch begins."""
+        self.samples = 0
+        # Never changed in place, only replaced: logs handed out earlier go on reading the state of their own moment.
+        self._sums: tuple[Sums, ...] | None = None
+        self._pending: list[tuple] = []
+        self._shape, self._batch_samples, self._capacity = None, 0, 1
+        for _, metric in self.stateful:
+            metric.reset()
+
+    def add(self, loss: Tensor, output: Any, target: Any, samples: int) -> None:
+        """Takes in one batch.
+
+        Args:
+            loss: Its mean loss, a scalar.
+            output: What the module returned.
+            target: Its targets.
+            samples: How many samples it has.
+        """
+        # Without its graph, so that keeping the output keeps no activations.
+        output = output.detach() if type(output) is Tensor else map_structure(_detached, output)
+        shape = output.shape if type(output) is Tensor else None
+        if samples != self._batch_samples or shape != self._shape:
+            self._flush()
+            self._shape, self._batch_samples = shape, samples
+            self._capacity = self._capacity_for(output)
+        self.samples += samples
+        self._pending.append((self._kept(loss), output, target) if self._has_parts else (loss.detach(), output, target))
+        if len(self._pending) >= self._capacity:
+            self._flush()
+
+    def _kept(self, loss: Tensor) -> Tensor:
+        return torch.stack([loss, *self.loss.latest.values()]).detach()
+
+    def _capacity_for(self, output: Any) -> int:
+        if not (self.joins and isinstance(output, Tensor)):
+            return 1
+        return max(1, min(MAX_PENDING, MAX_PENDING_VALUES // max(output.numel(), 1)))
+
+    def logs(self) -> Logs:
+        """The means so far, read from the device when somebody looks."""
+        sums, pending, number = self._sums, self._pending, len(self._pending)
+
+        def read() -> dict[str, float]:
+            if self._pending is pending and len(pending) == number and self._sums is sums:
+                self._flush()
+                return self._read(self._sums)
+            return self._read(_add(sums, self._measure(pending[:number])) if number else sums)
+
+        return Logs(read)
+
+    def result(self) -> dict[str, Any]:
+        """The means of everything added since `reset`: the one read of an epoch."""
+        self._flush()
+        return self._read(self._sums)
+
+    @torch.no_grad()
+    def _flush(self) -> None:
+        if self._pending:
+            pending, self._pending = self._pending, []
+            self._sums = _add(self._sums, self._measure(pending))
+            for _, output, target in _joined(pending):
+                for key, metric in self.stateful:
+                    metric.update(_at(output, key), _at(target, key))
+
+    def _measure(self, pending: list[tuple]) -> tuple[Sums, ...]:
+        """Sums and counts of batches of one shape: the losses' first, then each `Mean`'s."""
+        sums = self._loss_sums(pending)
+        for _, output, target in _joined(pending):
+            sums += [metric.function(_at(output, key), _at(target, key)) for key, metric in self.means]
+        return tuple((total.to(self.dtype), number) for total, number in sums)
+
+    def _loss_sums(self, pending: list[tuple]) -> list[Sums]:
+        if self._has_parts:
+            return self._part_sums(*pending[0])
+        samples = self._batch_samples
+        losses = torch.stack([loss for loss, _, _ in pending]).to(self.dtype)
+        if self.loss is None or not self.loss.masks(pending[0][2]):
+            return [(losses.sum() * samples, samples * len(pending))]
+        # Each batch counts as often as it has targets that are not masked; one that has none has no loss.
+        units = self.loss.units(torch.stack([target for _, _, target in pending]))
+        return [(torch.where(units > 0, losses * units, 0.0).sum(), units.sum())]
+
+    def _part_sums(self, losses: Tensor, output: Any, target: Any) -> list[Sums]:
+        total, *parts = losses.to(self.dtype).unbind()
+        sums = [(total * self._batch_samples, self._batch_samples)]
+        for value, (name, loss) in zip(parts, self.loss.parts.items(), strict=True):
+            part = target[self.loss.keys[name]]
+            units = loss.units(part[None])[0] if loss.masks(part) else self._batch_samples
+            sums.append((value * units, units))
+        return sums
+
+    def _read(self, sums: tuple[Sums, ...] | None) -> dict[str, Any]:
+        if sums is None:
+            return {}
+        totals = torch.stack([total for total, _ in sums]).tolist()
+        counts = [count.tolist() if isinstance(count, Tensor) else count for _, count in sums]
+        means = [total / count if count else float("nan") for total, count in zip(totals, counts, strict=True)]
+        parts = [f"{name}_loss" for name in self.loss.parts] if self._has_parts else []
+        values: dict[str, Any] = dict(zip(["loss", *parts], means, strict=False))
+        of_metrics = zip(self.means, means[len(values) :], strict=True)
+        measured = {metric.name: metric.finish(mean) for (_, metric), mean in of_metrics}
+        for _, metric in self.stateful:
+            measured.update(metric.result())
+        return values | _in_order(measured, self.names)
+
+
+def _in_order(values: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values} | values
+
+
+def _add(sums: tuple[Sums, ...] | None, more: tuple[Sums, ...]) -> tuple[Sums, ...]:
+    if sums is None:
+        return more
+    return tuple((a + b, n + m) for (a, n), (b, m) in zip(sums, more, strict=True))
+
+
+def _joined(pending: list[tuple]) -> list[tuple]:
+    if len(pending) == 1:
+        return pending
+    _, outputs, targets = zip(*pending, strict=True)
+    return [(None, torch.cat(outputs), None if targets[0] is None else torch.cat(targets))]
+
+
+def _at(tree: Any, key: Any) -> Any:
+    return tree if key is None else tree[key]
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def copies(metrics: list[tuple[Any, Mean | Stateful]]) -> list[tuple[Any, Mean | Stateful]]:
+    """The same metrics with states of their own: training and validation never count into one another."""
+    return [(key, copy.deepcopy(metric) if isinstance(metric, Stateful) else metric) for key, metric in metrics]
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
