@@ -34,8 +34,8 @@ def refuse_validation(split: Any, freq: Any) -> None:
     """`validation_split` must be a fraction, `validation_freq` a count or a collection of epochs."""
     if isinstance(split, bool) or not isinstance(split, Real) or not 0 <= split < 1:
         raise ValueError(
-            f"validation_split={split!r} is not a fraction. Give a number from 0 up to but not including 1, e.g. 0.1 for "
-            f"the last tenth."
+            f"validation_split={split!r} is not a fraction. Give a number from 0 up to but not including 1, "
+            f"e.g. 0.1 for the last tenth."
         )
     if isinstance(freq, int) and not isinstance(freq, bool) and freq >= 1:
         return
@@ -78,8 +78,8 @@ def refuse_second_pass(repeats: bool, steps: int | None, epochs: range, freq: in
     times = sum(is_due(epoch, freq) for epoch in epochs)
     if not repeats and steps is None and times > 1:
         raise ValueError(
-            f"validation_data is a generator, which ends after the first of {times} validations. Give validation_steps, "
-            f"a list, or a callable that makes a new one each time."
+            f"validation_data is a generator, which ends after the first of {times} validations. "
+            f"Give validation_steps, a list, or a callable that makes a new one each time."
         )
 
 

@@ -410,7 +410,7 @@ def _split_dataset(dataset: Any, fraction: float) -> tuple[Dataset, Dataset]:
 
 
 def _loader_over(dataset: Dataset, like: DataLoader, *, shuffled: bool) -> DataLoader:
-    """A loader with all settings of `like` over another dataset, in `like`'s kind of order or, for validation, in order.
+    """A loader with all settings of `like` over another dataset: in `like`'s kind of order or, to validate, in order.
 
     Raises:
         ValueError: `like` has a sampler or batch sampler of the user's own, which knows the old dataset only.

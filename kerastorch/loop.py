@@ -42,7 +42,7 @@ def fit(
         step: `train_step`, or `closure_step` where the optimizer evaluates the loss itself.
     """
     hooks, logs = training.hooks, {}
-    with _interruptible() as interruption, _announced_errors(hooks):
+    with _interruptible() as interruption, announced_errors(hooks):
         for hook in hooks.on_train_begin:
             hook({})
         for epoch in epochs:
@@ -168,7 +168,7 @@ def _interruptible() -> Iterator[SimpleNamespace]:
 
 
 @contextmanager
-def _announced_errors(hooks: SimpleNamespace) -> Iterator[None]:
+def announced_errors(hooks: SimpleNamespace) -> Iterator[None]:
     """Tells the callbacks of an error that is about to end the run."""
     try:
         yield

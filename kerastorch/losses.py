@@ -198,7 +198,7 @@ class Loss:
         return self.ignore_index is not None and isinstance(target, Tensor) and not target.is_floating_point()
 
     def units(self, targets: Tensor) -> Tensor:
-        """How many targets of each batch are not ignored: shape (batches, samples, ...) -> (batches,), on the device."""
+        """How many targets of each batch are not ignored: shape (batches, samples, ...) -> (batches,)."""
         return (targets != self.ignore_index).flatten(1).sum(1)
 
     def _check_first(self, output: Any, target: Any) -> None:
@@ -368,7 +368,7 @@ def align_classes(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def has_classes_last(output: Tensor, target: Tensor) -> bool:
-    """Whether `output` is (N, ..., C) for indices (N, ...); (N, C, ...), torch's layout, wins where both are possible."""
+    """Whether `output` is (N, ..., C) for indices (N, ...); torch's layout, (N, C, ...), wins where both could be."""
     return output.shape[2:] != target.shape[1:] and output.shape[1:-1] == target.shape[1:]
 
 
@@ -424,8 +424,8 @@ def _shape_message(output: Tensor, target: Tensor, name: str) -> str:
     elif output.ndim == target.ndim - 1 and target.shape[-1] == 1:
         hint = "Try y.squeeze(-1), or let the module return output[:, None]."
     return (
-        f"output has shape {tuple(output.shape)} but target has shape {tuple(target.shape)}. {name!r} compares them value "
-        f"by value, so the shapes must be equal (torch would broadcast them to something meant by nobody). {hint}"
+        f"output has shape {tuple(output.shape)} but target has shape {tuple(target.shape)}. {name!r} compares them "
+        f"value by value, so the shapes must be equal (torch would broadcast them to something meant by nobody). {hint}"
     )
 
 

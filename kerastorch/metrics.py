@@ -225,8 +225,8 @@ def _values(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, T
     def sums(output: Tensor, target: Tensor) -> Sums:
         if output.shape != target.shape:
             raise ValueError(
-                f"output has shape {tuple(output.shape)} but target has shape {tuple(target.shape)}: this metric compares "
-                f"value by value, so the shapes must be equal."
+                f"output has shape {tuple(output.shape)} but target has shape {tuple(target.shape)}: this metric "
+                f"compares value by value, so the shapes must be equal."
             )
         values = function(output, target.to(output.dtype))
         return values.sum(dtype=torch.float64 if values.device.type != "mps" else None), values.numel()

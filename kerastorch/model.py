@@ -21,7 +21,7 @@ from . import backends, checks, loop, optimizers
 from . import losses as named_losses
 from . import metrics as named_metrics
 from .callbacks.base import hooks_of
-from .callbacks.progress import progress_for
+from .callbacks.progress import is_notebook, progress_for
 from .data import Data, Reading, open_data, peek, split_tail
 from .history import History
 from .losses import own_loss
@@ -75,14 +75,14 @@ class Model:
         """Chooses how the module is trained and measured; a second call starts over with a new optimizer.
 
         Args:
-            optimizer: Name of any class in `torch.optim` (any case), a class or `functools.partial` of one, an instance,
-                or a callable `params -> Optimizer`. Default: `"adam"`.
+            optimizer: Name of any class in `torch.optim` (any case), a class or `functools.partial` of one, an
+                instance, or a callable `params -> Optimizer`. Default: `"adam"`.
             loss: A torch name (`"cross_entropy"`, `"mse"`, `"bce_with_logits"`, ...) or Keras's
                 (`"sparse_categorical_crossentropy"`, ...), always on logits; an `nn.Module`; a callable
                 `(output, target) -> tensor`; for several outputs a dict or list of these, each optionally
                 `(loss, weight)`. `None` = the module returns its own loss. Default: `None`.
-            metrics: Names, callables `(output, target) -> scalar or per-sample tensor`, torchmetrics objects; for several
-                outputs a dict or list of lists of these. Default: none.
+            metrics: Names, callables `(output, target) -> scalar or per-sample tensor`, torchmetrics objects; for
+                several outputs a dict or list of lists of these. Default: none.
             lr: Learning rate; `None` = the optimizer's own default.
         Returns:
             The model, so that `kt.Model(net).compile("adam", "mse").fit(x, y)` is one line.
@@ -129,9 +129,9 @@ class Model:
         """Trains the module; a second call goes on where the first ended.
 
         Args:
-            data: Arrays (numpy, torch, pandas, lists, nested tuples and dicts of them), `(x, y[, weight])`, a `Dataset`,
-                `IterableDataset`, `DataLoader`, Hugging Face dataset, an iterable of batches, or a callable that returns
-                one of these and is called anew for each epoch.
+            data: Arrays (numpy, torch, pandas, lists, nested tuples and dicts of them), `(x, y[, weight])`, a
+                `Dataset`, `IterableDataset`, `DataLoader`, Hugging Face dataset, an iterable of batches, or a callable
+                that returns one of these and is called anew for each epoch.
             y: Targets of arrays, shape (samples, ...); or the name of the target's column where samples are mappings.
             epochs: Number of the epoch to end before, as in Keras: with `initial_epoch=2`, `epochs=5` trains three.
             batch_size: Samples in a batch of arrays or a dataset; `None` = 32. Loaders bring their own.
@@ -271,7 +271,7 @@ class Model:
         opened = open_data(data, y, sample_weight, self._reading(batch_size, may_enlarge=may_enlarge))
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
         self._expect(opened.targets)
-        with _modes_kept(self.module), self._shown(self._evaluation_tracker):
+        with _modes_kept(self.module), self._shown(self._evaluation_tracker), loop.announced_errors(hooks):
             logs = loop.evaluate(
                 self._recipe(self._evaluation_tracker, hooks), self._batches(islice(opened.batches(0), steps))
             )
@@ -315,7 +315,7 @@ class Model:
         wants_numpy = is_arrays(data) and not any(isinstance(leaf, Tensor) for leaf in leaves(data))
         opened = open_data(self._inputs(data), None, None, self._reading(batch_size, may_enlarge=may_enlarge))
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
-        with _modes_kept(self.module):
+        with _modes_kept(self.module), loop.announced_errors(hooks):
             outputs = loop.predict(self.module, hooks, self.backend.feed(islice(opened.batches(0), steps)))
         if not outputs:
             raise ValueError("the data is empty: it gave no batch, expected at least one.")
@@ -355,7 +355,7 @@ class Model:
             ValueError: a `depth` or `input` that is none.
         """
         summary = summarize(self.module, input, depth=depth, batch_size=batch_size, optimizer=self.optimizer)
-        if verbose == 1 or (verbose == "auto" and not False):
+        if verbose == 1 or (verbose == "auto" and not is_notebook()):
             summary.print()
         return summary
 
@@ -414,8 +414,8 @@ class Model:
                 forward(self.module.eval(), self.backend.move(batch[0]))
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
             raise ValueError(
-                "the module has no trainable parameters. Unfreeze some (parameter.requires_grad_()), or call evaluate or "
-                "predict, which need none."
+                "the module has no trainable parameters. Unfreeze some (parameter.requires_grad_()), or call "
+                "evaluate or predict, which need none."
             )
         if self.optimizer is None:
             self.optimizer = self._make_optimizer(self.module)

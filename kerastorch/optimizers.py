@@ -103,9 +103,9 @@ def _fastest(kind: type, module: nn.Module, given: dict[str, Any]) -> dict[str, 
         return {}
     has_sparse = any(getattr(part, "sparse", False) for part in module.modules())
     devices = {parameter.device.type for parameter in module.parameters()}
-    if "fused" in options and not has_sparse and devices <= {"cpu", "cuda", "mps", "xpu"}:
-        if all(torch.is_floating_point(parameter) for parameter in module.parameters()):
-            return {"fused": True}
+    can_fuse = devices <= {"cpu", "cuda", "mps", "xpu"} and all(map(torch.is_floating_point, module.parameters()))
+    if "fused" in options and can_fuse and not has_sparse:
+        return {"fused": True}
     return {"foreach": True} if "foreach" in options and not has_sparse else {}
 
 

@@ -60,7 +60,7 @@ def train_step(recipe: Recipe, batch: tuple[Any, Any, Any]) -> None:
 
 
 def closure_step(recipe: Recipe, batch: tuple[Any, Any, Any]) -> None:
-    """`train_step` for optimizers that evaluate the loss several times in one step (LBFGS); its first value is logged."""
+    """`train_step` for optimizers that evaluate the loss several times a step (LBFGS); its first value is logged."""
     x, target, weight = batch
     hooks, optimizer = recipe.hooks, recipe.optimizer
     evaluations = []

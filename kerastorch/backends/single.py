@@ -1,4 +1,4 @@
-"""One process on one device: CPU, CUDA, MPS or XPU. Also what the verbs of a backend mean, since here they are simplest.
+"""One process on one device: CPU, CUDA, MPS or XPU; and what the verbs of a backend mean, here where they are simplest.
 
 `place` puts the module where it runs, once. `hold` says where data that is in memory is kept for gathering. `feed`
 brings each batch to the device. The loop and the step ask a backend for nothing else.
@@ -93,7 +93,7 @@ class Single:
 
 
 def is_usable(device: torch.device) -> bool:
-    """Whether torch can really put something on the device: a driver may be there and the device be none torch knows."""
+    """Whether torch can really put something there: a driver may be present and the device be none that torch knows."""
     try:
         return bool(torch.ones(1, device=device).cpu() == 1)
     except (RuntimeError, AssertionError, NotImplementedError):

@@ -88,7 +88,8 @@ class ProgressBar(Callback):
     def on_validation_begin(self, logs: MutableMapping | None = None) -> None:
         # Now, while `samples_seen` is still that of training.
         self._samples_per_s = self._measured_samples_per_s()
-        self._open(f"{self._epoch_name} validating")
+        # A validation of a moment shall not flash up; half, so that the first refresh is past the delay.
+        self._open(f"{self._epoch_name} validating", delay_s=self.refresh_s / 2)
 
     def on_validation_end(self, logs: MutableMapping | None = None) -> None:
         self._close()
@@ -137,12 +138,12 @@ class ProgressBar(Callback):
 
     def _can_be_live(self) -> bool:
         out = self._out()
-        return self.verbose == 1 and (_is_terminal(out) or (out is sys.stdout and _is_notebook())) and not _is_ci()
+        return self.verbose == 1 and (_is_terminal(out) or (out is sys.stdout and is_notebook())) and not _is_ci()
 
     def _measured_samples_per_s(self) -> float:
         return self.model.samples_seen / max(time.monotonic() - self._began, 1e-9)
 
-    def _open(self, name: str, steps: int | None = None) -> None:
+    def _open(self, name: str, steps: int | None = None, delay_s: float = 0.0) -> None:
         """Begins a stretch of steps that is counted and timed on its own; `steps=None` = nobody knows how many."""
         self._close()
         self._name, self._steps, self._steps_shown = name, steps, 0
@@ -150,7 +151,7 @@ class ProgressBar(Callback):
         self._every_s = self.refresh_s if self._is_live else HEARTBEAT_S if self.verbose else math.inf
         self._due = self._began + self._every_s
         if self._is_live:
-            self._bar = _open_bar(name, steps, self._out())
+            self._bar = _open_bar(name, steps, self._out(), delay_s)
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -217,14 +218,14 @@ def _is_ci() -> bool:
     return os.environ.get("CI", "").lower() not in ("", "0", "false")
 
 
-def _is_notebook() -> bool:
+def is_notebook() -> bool:
     """Whether IPython runs as a kernel; the test is tqdm's own, without an import."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and "IPKernelApp" in getattr(shell, "config", {})
 
 
-def _open_bar(name: str, steps: int | None, stream: TextIO) -> Any:
+def _open_bar(name: str, steps: int | None, stream: TextIO, delay_s: float) -> Any:
     layout = UNKNOWN_LENGTH if steps is None else KNOWN_LENGTH
     if _has_widgets() and stream is sys.stdout:
         from tqdm.notebook import tqdm
@@ -234,11 +235,11 @@ def _open_bar(name: str, steps: int | None, stream: TextIO) -> Any:
         from tqdm import tqdm
     # Each update is a refresh that is due, so tqdm must not skip any by its own reckoning.
     always = {"mininterval": 0, "miniters": 1, "dynamic_ncols": True}
-    return tqdm(desc=name, total=steps, file=stream, leave=False, bar_format=layout, **always)
+    return tqdm(desc=name, total=steps, file=stream, leave=False, bar_format=layout, delay=delay_s, **always)
 
 
 def _has_widgets() -> bool:
-    if not _is_notebook():
+    if not is_notebook():
         return False
     from tqdm import notebook
 
