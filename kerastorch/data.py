@@ -368,13 +368,12 @@ def _length(leaf: Any) -> int:
 
 
 def _common_length(lengths: list[tuple[str, int]]) -> int:
-    if len({length for _, length in lengths}) != 1:
-        given = ", ".join(f"{name} has {length} samples" for name, length in lengths) or "there are no arrays"
+    if len({length for _, length in lengths}) > 1:
+        given = ", ".join(f"{name} has {length} samples" for name, length in lengths)
         raise ValueError(f"{given}; expected the same number everywhere. Give one row of each for every sample.")
-    samples = lengths[0][1]
-    if samples == 0:
-        raise ValueError("the data is empty: x has 0 samples, expected at least 1.")
-    return samples
+    if not lengths or lengths[0][1] == 0:
+        raise ValueError("the data is empty: the arrays have 0 samples, expected at least 1.")
+    return lengths[0][1]
 
 
 # Splitting and refusing.

@@ -58,6 +58,10 @@ def _poisson(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     return F.poisson_nll_loss(output, target, log_input=False, eps=1e-7, reduction=reduction)
 
 
+def _multilabel_margin(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return F.multilabel_margin_loss(output, target.long(), reduction=reduction)  # indices, ended by a -1
+
+
 def _reduce(values: Tensor, reduction: str) -> Tensor:
     return values.mean() if reduction == "mean" else values
 
@@ -79,7 +83,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "kl_div": (F.kl_div, VALUES),
     "soft_margin": (F.soft_margin_loss, VALUES),
     "hinge_embedding": (F.hinge_embedding_loss, VALUES),
-    "multilabel_margin": (F.multilabel_margin_loss, VALUES),
+    "multilabel_margin": (_multilabel_margin, VALUES),
     "multilabel_soft_margin": (F.multilabel_soft_margin_loss, VALUES),
     # Keras's own, with Keras's formulas: https://keras.io/api/losses
     "kl_divergence": (_kl_divergence, VALUES),
@@ -122,6 +126,9 @@ VALUE_MODULES = (
     nn.PoissonNLLLoss,
 )
 
+LOGIT_FUNCTIONS = (F.cross_entropy, F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss)
+LOGIT_MODULES = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
+
 
 class Loss:
     """One loss on one output.
@@ -140,9 +147,7 @@ class Loss:
             self.ignore_index = -100
         elif isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)):
             self.ignore_index = function.ignore_index
-        self.on_logits = function in (F.cross_entropy, F.binary_cross_entropy_with_logits) or isinstance(
-            function, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
-        )
+        self.on_logits = function in LOGIT_FUNCTIONS or isinstance(function, LOGIT_MODULES)
         self.is_unchecked, self._known_targets, self.has_warned = True, (), False
 
     def expect(self, *targets: Tensor | None) -> None:
@@ -165,7 +170,7 @@ class Loss:
             target = target.to(output.dtype)
         if weight is None:
             loss = self.function(output, target)
-            return loss if loss.ndim == 0 else loss.mean()
+            return loss if loss.ndim == 0 else self._mean(loss, output, target)
         return self._weighted_mean(output, target, weight)
 
     def _weighted_mean(self, output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -174,8 +179,11 @@ class Loss:
             weight = weight.reshape(losses.shape)
         else:  # several values a sample: each has the sample's weight
             weight = weight.reshape(weight.shape + (1,) * (losses.ndim - weight.ndim))
-        units = self.units(target[None])[0] if self.masks(target) else losses.numel()
-        return (losses * weight).sum() / units
+        return self._mean(losses * weight, output, target)
+
+    def _mean(self, losses: Tensor, output: Tensor, target: Tensor) -> Tensor:
+        units = self.units(target[None])[0] if self.masks(output, target) else losses.numel()
+        return losses.sum() / units
 
     def _per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         if isinstance(self.function, nn.Module) and hasattr(self.function, "reduction"):
@@ -193,9 +201,12 @@ class Loss:
             )
         return losses
 
-    def masks(self, target: Any) -> bool:
-        """Whether some of `target` may be ignored, so that the loss is a mean over the targets that are not."""
-        return self.ignore_index is not None and isinstance(target, Tensor) and not target.is_floating_point()
+    def masks(self, output: Any, target: Any) -> bool:
+        """Whether some of `target` may be ignored, so that the loss is a mean over the targets that are not.
+
+        Targets of the output's shape are probabilities, of which none is.
+        """
+        return self.ignore_index is not None and output.shape != target.shape
 
     def units(self, targets: Tensor) -> Tensor:
         """How many targets of each batch are not ignored: shape (batches, samples, ...) -> (batches,)."""
@@ -221,7 +232,8 @@ class Loss:
             check_classes(output, target, known or (target,), self)
         elif output.shape != target.shape:
             raise ValueError(_shape_message(output, target, self.name))
-        if self.on_logits and not self.has_warned and _looks_like_probabilities(output, self.targets is CLASSES):
+        look_like_probabilities = _sum_to_one if self.targets is CLASSES else _come_from_a_sigmoid
+        if self.on_logits and not self.has_warned and look_like_probabilities(output):
             self.warn_of_probabilities("the outputs look like probabilities")
 
     def warn_of_probabilities(self, finding: str) -> None:
@@ -374,7 +386,8 @@ def has_classes_last(output: Tensor, target: Tensor) -> bool:
 
 def check_classes(output: Tensor, target: Tensor, known: tuple[Tensor, ...], loss: Loss) -> None:
     """Raises where `target`, or any of all the run's targets, cannot be classes of `output`."""
-    if target.shape == output.shape and (target.is_floating_point() or output.ndim > 1):
+    # Cross entropy alone, of the losses on classes, takes probabilities too.
+    if target.shape == output.shape and output.ndim > 1 and loss.on_logits:
         for all_targets in known:
             values = all_targets.detach()
             if values.is_floating_point() and not _are_probabilities(values):
@@ -389,6 +402,8 @@ def check_classes(output: Tensor, target: Tensor, known: tuple[Tensor, ...], los
     if not is_index or target.shape[:1] != output.shape[:1]:
         expected = tuple(output.shape[:1] + output.shape[2:])
         hint = "try target.squeeze(1)" if target.ndim == 2 and target.shape[1] == 1 else "give such targets"
+        if output.ndim == 1:
+            hint = "let the module return an output of shape (samples, classes)"
         raise ValueError(
             f"output has shape {tuple(output.shape)} but target has shape {tuple(target.shape)}. {loss.name!r} takes "
             f"class indices of shape {expected}: {hint}, or another loss, e.g. 'mse'."
@@ -431,6 +446,8 @@ def _shape_message(output: Tensor, target: Tensor, name: str) -> str:
 
 def _part(tree: Any, key: Any, what: str) -> Any:
     try:
+        if isinstance(tree, Tensor):  # whose `[0]` would be a sample
+            raise TypeError(f"{what} are one tensor")
         return tree[key]
     except (KeyError, IndexError, TypeError) as error:
         has = sorted(map(str, tree)) if isinstance(tree, Mapping) else _describe(tree)
@@ -450,16 +467,24 @@ def _describe(value: Any) -> str:
 
 def warn_of_final_softmax(module: nn.Module, loss: Loss | SumOfLosses | None) -> None:
     """One warning where the last layer makes probabilities and the loss expects logits."""
-    final = list(module.modules())[-1]
+    # Of a module with a `forward` of its own nobody knows which submodule comes last.
+    final = module
+    while isinstance(final, nn.Sequential) and len(final):
+        final = final[-1]
     if isinstance(loss, Loss) and loss.on_logits and isinstance(final, (nn.Softmax, nn.Softmax2d, nn.Sigmoid)):
         loss.warn_of_probabilities(f"the module ends in {type(final).__name__}")
 
 
-def _looks_like_probabilities(output: Tensor, over_classes: bool) -> bool:
-    values = output.detach()
-    if len(values) < MIN_SAMPLES_TO_JUDGE or (over_classes and values.ndim < 2):
-        return False
-    return _are_probabilities(values) if over_classes else bool(((values >= 0) & (values <= 1)).all())
+def _sum_to_one(output: Tensor) -> bool:
+    return len(output) >= MIN_SAMPLES_TO_JUDGE and _are_probabilities(output.detach())
+
+
+def _come_from_a_sigmoid(output: Tensor) -> bool:
+    # Asked of the graph: the values cannot tell, since logits of a young network often lie between 0 and 1.
+    node = output.grad_fn
+    while node is not None and node.name().startswith(("Squeeze", "Unsqueeze", "View", "Select")):
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith("Sigmoid")
 
 
 def _are_probabilities(values: Tensor) -> bool:

@@ -48,6 +48,7 @@ class Stateful:
     def __init__(self, name: str, metric: Any = None, build: Callable | None = None) -> None:
         self.name, self.metric, self.joins = name, metric, build is not None
         self._build, self._prepare = build, None
+        self.prefix = ""  # of the keys of a MetricCollection: the name of its output
 
     def update(self, output: Any, target: Any) -> None:
         if self.metric is None:  # which variant it is shows in the shapes
@@ -61,7 +62,7 @@ class Stateful:
     def result(self) -> dict[str, Any]:
         value = self.metric.compute()
         if isinstance(value, Mapping):  # a MetricCollection
-            return {name: _plain(part) for name, part in value.items()}
+            return {f"{self.prefix}{name}": _plain(part) for name, part in value.items()}
         return {self.name: _plain(value)}
 
 
@@ -105,7 +106,7 @@ def _of_several_outputs(metrics: Any, loss: SumOfLosses) -> list[tuple[Any, Mean
         name = next(name for name, key in loss.keys.items() if output in (name, key))
         for metric in _as_list(chosen):
             one = _one(metric, loss.parts[name])
-            one.name = f"{name}_{one.name}"
+            one.name, one.prefix = f"{name}_{one.name}", f"{name}_"
             found.append((loss.keys[name], one))
     # Keras lists the metrics of several outputs by name.
     return _numbered(sorted(found, key=lambda pair: pair[1].name))
@@ -198,15 +199,15 @@ class Accuracy:
         self.threshold = 0.5 if self.compares_values and not loss.on_logits else 0.0
 
     def __call__(self, output: Tensor, target: Tensor) -> Sums:
-        is_one_value = output.ndim == 1 or output.shape[-1] == 1
-        if self.is_binary or (self.is_binary is None and self._is_binary(output, target, is_one_value)):
+        if self.is_binary or (self.is_binary is None and self._is_binary(output, target)):
             target = target.reshape(output.shape)
             right = (output > self.threshold) == (target > 0.5)
             return right.sum(), right.numel()
         return self._of_classes(output, target)
 
-    def _is_binary(self, output: Tensor, target: Tensor, is_one_value: bool) -> bool:
-        return is_one_value or (output.shape == target.shape and self.compares_values and self.k == 1)
+    def _is_binary(self, output: Tensor, target: Tensor) -> bool:
+        compares = output.shape == target.shape and self.compares_values and self.k == 1
+        return compares or has_one_value(output, target)
 
     def _of_classes(self, output: Tensor, target: Tensor) -> Sums:
         output, target = classes_first(output, target)
@@ -266,7 +267,7 @@ def _score(name: str, **options: Any) -> Callable[[Loss | None], Callable]:
         def build(output: Tensor, target: Tensor) -> tuple[Any, Callable]:
             import torchmetrics.classification as classification
 
-            if output.ndim == 1 or output.shape[-1] == 1:
+            if has_one_value(output, target):
                 metric, prepare = getattr(classification, f"Binary{name}")(), partial(_binary_scores, loss)
             elif output.shape == target.shape and compares_values:
                 metric = getattr(classification, f"Multilabel{name}")(num_labels=output.shape[1], **options)
@@ -316,6 +317,11 @@ SCORES: dict[str, Callable] = {
     "recall": _score("Recall", average="macro"),
     "r2": _r2,
 }
+
+
+def has_one_value(output: Tensor, target: Tensor) -> bool:
+    """Whether there is one number for each target; (N, C, 1) for targets (N, 1) are classes of sequences of one."""
+    return output.ndim == 1 or (output.shape[-1] == 1 and output.numel() == target.numel())
 
 
 def classes_first(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

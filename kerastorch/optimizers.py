@@ -123,8 +123,14 @@ class _Lists:
         self.states = [[state[parameter][name] for parameter in self.parameters] for name in names]
         self.names = names
 
-    def gradients(self, state: dict[Tensor, dict[str, Any]]) -> list[Tensor] | None:
-        """The gradients; `None` where the lists no longer hold: another parameter has one, or a state was loaded."""
+    def gradients(self, state: dict[Tensor, dict[str, Any]], names: tuple[str, ...]) -> list[Tensor] | None:
+        """The gradients; `None` where the lists no longer hold.
+
+        That is so where another parameter has a gradient, a state was loaded, or the group's options, momentum say,
+        now ask for other states.
+        """
+        if names != self.names:
+            return None
         for parameter in self.idle:
             if parameter.grad is not None:
                 return None
@@ -157,7 +163,8 @@ def _lean(parent: type, state_names: Callable[[dict], tuple[str, ...]], update: 
             lists = None if closure is not None or hasattr(self, "found_inf") else self._lists
             if lists is None or len(lists) != len(self.param_groups):
                 return self._remember(full_step(self, closure))
-            found = [group_lists.gradients(self.state) for group_lists in lists]
+            pairs = zip(self.param_groups, lists, strict=True)
+            found = [group_lists.gradients(self.state, state_names(group)) for group, group_lists in pairs]
             for gradients in found:
                 if gradients is None:
                     return self._remember(full_step(self))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,10 @@ def unpack(raw: Any, targets: tuple[str, ...] = ()) -> Batch:
     if isinstance(raw, (tuple, list)) and 1 <= len(raw) <= 3:
         x, y, weight = (*raw, None, None)[:3]
         return x, y, weight
-    if isinstance(raw, (tuple, list, set, str, bytes)) or raw is None:
+    if isinstance(raw, (tuple, list, set, str, bytes, Number)) or raw is None:
         length = f" of {len(raw)}" if isinstance(raw, (tuple, list)) else ""
         raise TypeError(
-            f"a batch is a {type(raw).__name__}{length}, expected x, (x, y), (x, y, weight) or a dict. "
+            f"a batch is a {type(raw).__name__}{length}; expected x, (x, y), (x, y, weight) or a dict. "
             f"Put several inputs into one tuple or dict: ((a, b), y)."
         )
     return raw, None, None
@@ -158,7 +159,9 @@ def warn_of_nan(name: str, leaf: Any) -> None:
         return
     is_float = values.is_floating_point() if isinstance(values, torch.Tensor) else values.dtype.kind == "f"
     # The sum of everything is NaN where any value is: one cheap read, no array of booleans.
-    if not is_float or not np.isnan(float(values.sum())):
+    with np.errstate(invalid="ignore"):  # infinities of both signs
+        total = float(values.sum()) if is_float else 0.0
+    if not np.isnan(total):
         return
     missing = np.isnan(np.asarray(values.detach().cpu().float() if isinstance(values, torch.Tensor) else values))
     if missing.any():

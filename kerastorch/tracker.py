@@ -69,7 +69,7 @@ class Tracker:
         """
         # Without its graph, so that keeping the output keeps no activations.
         output = output.detach() if type(output) is Tensor else map_structure(_detached, output)
-        shape = output.shape if type(output) is Tensor else None
+        shape = (output.shape, target.shape) if type(output) is type(target) is Tensor else None
         if samples != self._batch_samples or shape != self._shape:
             self._flush()
             self._shape, self._batch_samples = shape, samples
@@ -80,22 +80,22 @@ class Tracker:
             self._flush()
 
     def _kept(self, loss: Tensor) -> Tensor:
-        return torch.stack([loss, *self.loss.latest.values()]).detach()
+        return torch.stack([*self.loss.latest.values()]).detach()
 
     def _capacity_for(self, output: Any) -> int:
-        if not (self.joins and isinstance(output, Tensor)):
+        if self._shape is None or not self.joins or output.ndim == 0:
             return 1
         return max(1, min(MAX_PENDING, MAX_PENDING_VALUES // max(output.numel(), 1)))
 
     def logs(self) -> Logs:
         """The means so far, read from the device when somebody looks."""
-        sums, pending, number = self._sums, self._pending, len(self._pending)
+        sums, pending, number, samples = self._sums, self._pending, len(self._pending), self._batch_samples
 
         def read() -> dict[str, float]:
             if self._pending is pending and len(pending) == number and self._sums is sums:
                 self._flush()
                 return self._read(self._sums)
-            return self._read(_add(sums, self._measure(pending[:number])) if number else sums)
+            return self._read(_add(sums, self._measure(pending[:number], samples)) if number else sums)
 
         return Logs(read)
 
@@ -108,37 +108,27 @@ class Tracker:
     def _flush(self) -> None:
         if self._pending:
             pending, self._pending = self._pending, []
-            self._sums = _add(self._sums, self._measure(pending))
+            self._sums = _add(self._sums, self._measure(pending, self._batch_samples))
             for _, output, target in _joined(pending):
                 for key, metric in self.stateful:
                     metric.update(_at(output, key), _at(target, key))
 
-    def _measure(self, pending: list[tuple]) -> tuple[Sums, ...]:
+    def _measure(self, pending: list[tuple], samples: int) -> tuple[Sums, ...]:
         """Sums and counts of batches of one shape: the losses' first, then each `Mean`'s."""
-        sums = self._loss_sums(pending)
+        sums = self._loss_sums(pending, samples)
         for _, output, target in _joined(pending):
             sums += [metric.function(_at(output, key), _at(target, key)) for key, metric in self.means]
         return tuple((total.to(self.dtype), number) for total, number in sums)
 
-    def _loss_sums(self, pending: list[tuple]) -> list[Sums]:
-        if self._has_parts:
-            return self._part_sums(*pending[0])
-        samples = self._batch_samples
+    def _loss_sums(self, pending: list[tuple], samples: int) -> list[Sums]:
+        if self._has_parts:  # one at a time
+            (losses, output, target), keys = pending[0], self.loss.keys
+            return [
+                _loss_sum(loss, value[None].to(self.dtype), output[keys[name]], [target[keys[name]]], samples)
+                for value, (name, loss) in zip(losses, self.loss.parts.items(), strict=True)
+            ]
         losses = torch.stack([loss for loss, _, _ in pending]).to(self.dtype)
-        if self.loss is None or not self.loss.masks(pending[0][2]):
-            return [(losses.sum() * samples, samples * len(pending))]
-        # Each batch counts as often as it has targets that are not masked; one that has none has no loss.
-        units = self.loss.units(torch.stack([target for _, _, target in pending]))
-        return [(torch.where(units > 0, losses * units, 0.0).sum(), units.sum())]
-
-    def _part_sums(self, losses: Tensor, output: Any, target: Any) -> list[Sums]:
-        total, *parts = losses.to(self.dtype).unbind()
-        sums = [(total * self._batch_samples, self._batch_samples)]
-        for value, (name, loss) in zip(parts, self.loss.parts.items(), strict=True):
-            part = target[self.loss.keys[name]]
-            units = loss.units(part[None])[0] if loss.masks(part) else self._batch_samples
-            sums.append((value * units, units))
-        return sums
+        return [_loss_sum(self.loss, losses, pending[0][1], [target for _, _, target in pending], samples)]
 
     def _read(self, sums: tuple[Sums, ...] | None) -> dict[str, Any]:
         if sums is None:
@@ -146,13 +136,26 @@ class Tracker:
         totals = torch.stack([total for total, _ in sums]).tolist()
         counts = [count.tolist() if isinstance(count, Tensor) else count for _, count in sums]
         means = [total / count if count else float("nan") for total, count in zip(totals, counts, strict=True)]
-        parts = [f"{name}_loss" for name in self.loss.parts] if self._has_parts else []
-        values: dict[str, Any] = dict(zip(["loss", *parts], means, strict=False))
-        of_metrics = zip(self.means, means[len(values) :], strict=True)
+        number = len(means) - len(self.means)
+        losses, measures = means[:number], means[number:]
+        values: dict[str, Any] = {"loss": losses[0]}
+        if self._has_parts:
+            weights = self.loss.weights.values()
+            values = {"loss": sum(mean * weight for mean, weight in zip(losses, weights, strict=True))}
+            values |= {f"{name}_loss": mean for name, mean in zip(self.loss.parts, losses, strict=True)}
+        of_metrics = zip(self.means, measures, strict=True)
         measured = {metric.name: metric.finish(mean) for (_, metric), mean in of_metrics}
         for _, metric in self.stateful:
             measured.update(metric.result())
         return values | _in_order(measured, self.names)
+
+
+def _loss_sum(loss: Loss | None, losses: Tensor, output: Tensor, targets: list[Tensor], samples: int) -> Sums:
+    if loss is None or not loss.masks(output, targets[0]):
+        return losses.sum() * samples, samples * len(losses)
+    # Each batch counts as often as it has targets that are not masked; one that has none has no loss.
+    units = loss.units(torch.stack(targets))
+    return torch.where(units > 0, losses * units, 0.0).sum(), units.sum()
 
 
 def _in_order(values: dict[str, Any], names: list[str]) -> dict[str, Any]:

@@ -1,0 +1,262 @@
+"""The order of everything: hooks as data for every way a run can end, validation, steps, and Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import kerastorch as kt
+from kerastorch.callbacks.base import HOOKS
+
+
+def recorder(**actions):
+    """A callback that writes down every call, and does `actions[name](self, *arguments)` after it."""
+    calls = []
+
+    def hook(name):
+        def record(self, *arguments):
+            calls.append((name, *(argument for argument in arguments if isinstance(argument, int))))
+            if name in actions:
+                actions[name](self, *arguments)
+
+        return record
+
+    hooks = {name: hook(name) for name in HOOKS if name not in ("on_batch_begin", "on_batch_end")}
+    return type("Recorder", (kt.Callback,), hooks)(), calls
+
+
+STEP = ["on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"]
+
+
+def batch(index):
+    return [("on_train_batch_begin", index), *((name,) for name in STEP), ("on_train_batch_end", index)]
+
+
+def validation(steps):
+    batches = [(f"on_test_batch_{end}", index) for index in range(steps) for end in ("begin", "end")]
+    return [("on_validation_begin",), ("on_test_begin",), *batches, ("on_test_end",), ("on_validation_end",)]
+
+
+def run(callback, *, epochs=2, data=None, **options):
+    x, y = torch.rand(6, 3), torch.rand(6, 1)
+    model = kt.Model(nn.Linear(3, 1)).compile("sgd", "mse")
+    return model, model.fit(*(data or (x, y)), epochs=epochs, batch_size=4, callbacks=[callback], verbose=0, **options)
+
+
+def test_hooks_of_a_whole_run_come_in_order():
+    callback, calls = recorder()
+    run(callback, validation_data=(torch.rand(5, 3), torch.rand(5, 1)))
+    epoch = lambda n: [("on_epoch_begin", n), *batch(0), *batch(1), *validation(2), ("on_epoch_end", n)]  # noqa: E731
+    assert calls == [("on_train_begin",), *epoch(0), *epoch(1), ("on_train_end",)]
+
+
+def test_a_stop_within_a_batch_ends_the_epoch_after_it_and_still_validates():
+    callback, calls = recorder(on_train_batch_end=lambda self, *_: setattr(self.model, "stop_training", True))
+    _, history = run(callback, validation_data=(torch.rand(4, 3), torch.rand(4, 1)))
+    epoch = [("on_epoch_begin", 0), *batch(0), *validation(1), ("on_epoch_end", 0)]
+    assert calls == [("on_train_begin",), *epoch, ("on_train_end",)]
+    assert history.epoch == [0] and "val_loss" in history.history
+
+
+def test_a_stop_at_the_end_of_an_epoch_ends_the_run():
+    callback, calls = recorder(on_epoch_end=lambda self, *_: setattr(self.model, "stop_training", True))
+    run(callback, epochs=9)
+    assert calls == [("on_train_begin",), ("on_epoch_begin", 0), *batch(0), *batch(1), ("on_epoch_end", 0), ("on_train_end",)]
+
+
+def test_a_stop_asked_for_earlier_does_not_stop_the_next_run():
+    callback, _ = recorder()
+    model, _ = run(callback)
+    model.stop_training = True
+    assert len(model.fit(torch.rand(4, 3), torch.rand(4, 1), epochs=3, verbose=0).epoch) == 3
+
+
+def test_an_error_is_announced_and_comes_through():
+    def fail(self, *arguments):
+        raise ArithmeticError("mine")
+
+    callback, calls = recorder(on_after_backward=fail)
+    with pytest.raises(ArithmeticError, match="mine"):
+        run(callback)
+    begun = [("on_train_begin",), ("on_epoch_begin", 0), ("on_train_batch_begin", 0), ("on_before_backward",)]
+    assert calls == [*begun, ("on_after_backward",), ("on_exception",)]
+
+
+def test_evaluate_and_predict_announce_errors_too():
+    def fail(self, *arguments):
+        raise ArithmeticError("mine")
+
+    model = kt.Model(nn.Linear(3, 1)).compile("sgd", "mse")
+    for verb, name in ((model.evaluate, "on_test_batch_end"), (model.predict, "on_predict_batch_end")):
+        callback, calls = recorder(**{name: fail})
+        with pytest.raises(ArithmeticError):
+            verb((torch.rand(4, 3), torch.rand(4, 1)), callbacks=callback, verbose=0)
+        assert calls[-1] == ("on_exception",)
+
+
+def test_hooks_of_evaluate_and_predict_come_in_order():
+    model = kt.Model(nn.Linear(3, 1)).compile("sgd", "mse")
+    callback, calls = recorder()
+    model.evaluate(torch.rand(6, 3), torch.rand(6, 1), batch_size=4, callbacks=[callback], verbose=0)
+    assert calls == validation(2)[1:-1]
+    callback, calls = recorder()
+    model.predict(torch.rand(6, 3), batch_size=4, callbacks=[callback], verbose=0)
+    batches = [(f"on_predict_batch_{end}", index) for index in range(2) for end in ("begin", "end")]
+    assert calls == [("on_predict_begin",), *batches, ("on_predict_end",)]
+
+
+def test_ctrl_c_finishes_the_step_keeps_the_history_and_calls_the_last_hooks():
+    def interrupt(self, index, logs):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    callback, calls = recorder(on_train_batch_begin=interrupt)
+
+    def endless():
+        while True:
+            yield torch.rand(4, 3), torch.rand(4, 1)
+
+    model = kt.Model(nn.Linear(3, 1)).compile("sgd", "mse")
+    history = model.fit(endless(), callbacks=[callback], verbose=0)
+    assert calls[-3:] == [("on_train_batch_end", 2), ("on_epoch_end", 0), ("on_train_end",)]
+    assert history is model.history and len(history.history["loss"]) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_skips_the_validation_of_the_epoch_it_cut_short():
+    callback, calls = recorder(on_train_batch_end=lambda self, *_: os.kill(os.getpid(), signal.SIGINT))
+    _, history = run(callback, validation_data=(torch.rand(4, 3), torch.rand(4, 1)))
+    assert ("on_test_begin",) not in calls and list(history.history) == ["loss"]
+
+
+def test_a_keyboard_interrupt_raised_by_the_data_ends_the_run_with_its_history():
+    def data():
+        yield torch.rand(4, 3), torch.rand(4, 1)
+        raise KeyboardInterrupt
+
+    history = kt.Model(nn.Linear(3, 1)).compile("sgd", "mse").fit(data(), epochs=5, verbose=0)
+    assert history.epoch == [0]
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    program = """
+import time, torch, kerastorch as kt
+from torch import nn
+def slow():
+    yield torch.rand(4, 3), torch.rand(4, 1)
+    print("waiting", flush=True)
+    time.sleep(60)
+kt.Model(nn.Linear(3, 1)).compile("sgd", "mse").fit(slow(), verbose=0)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"waiting\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None, "the first one waits for the running step"
+        process.send_signal(signal.SIGINT)
+        assert b"KeyboardInterrupt" in process.communicate(timeout=20)[1]
+
+
+def test_training_works_in_another_thread_where_signals_cannot_be_handled():
+    result = []
+    thread = threading.Thread(target=lambda: result.append(run(recorder()[0])[1]))
+    thread.start()
+    thread.join(60)
+    assert len(result[0].epoch) == 2
+
+
+def test_an_iterator_goes_on_where_the_last_epoch_stopped():
+    seen = []
+
+    def numbers():
+        for number in range(100):
+            yield torch.full((2, 3), float(number)), torch.zeros(2, 1)
+
+    class Watch(nn.Linear):
+        def forward(self, x):
+            seen.append(int(x[0, 0]))
+            return super().forward(x)
+
+    data = numbers()
+    model = kt.Model(Watch(3, 1)).compile("sgd", "mse", lr=0.0)
+    model.fit(data, epochs=2, steps_per_epoch=3, verbose=0)
+    assert seen == [0, 1, 2, 3, 4, 5]
+    assert next(data)[0][0, 0] == 6, "nothing was taken that was not trained on"
+    model.fit(data, epochs=1, steps_per_epoch=2, verbose=0)
+    assert seen[6:] == [7, 8]
+
+
+def test_steps_per_epoch_goes_through_arrays_pass_after_pass():
+    seen = []
+
+    class Watch(nn.Linear):
+        def forward(self, x):
+            seen.extend(x[:, 0].tolist())
+            return super().forward(x)
+
+    x = torch.arange(10.0)[:, None].repeat(1, 3)
+    model = kt.Model(Watch(3, 1)).compile("sgd", "mse", lr=0.0)
+    history = model.fit(x, torch.zeros(10, 1), batch_size=2, epochs=5, steps_per_epoch=2, verbose=0)
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
+    assert len(history.epoch) == 5
+
+
+def test_data_that_ends_too_early_ends_the_run_with_a_warning():
+    batches = iter([(torch.rand(2, 3), torch.rand(2, 1))] * 5)
+    model = kt.Model(nn.Linear(3, 1)).compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="ended after 2 of 3 steps in epoch 2"):
+        history = model.fit(batches, epochs=4, steps_per_epoch=3, verbose=0)
+    assert history.epoch == [0, 1]
+
+
+def test_a_generator_without_steps_per_epoch_is_one_epoch():
+    batches = ((torch.rand(2, 3), torch.rand(2, 1)) for _ in range(3))
+    model = kt.Model(nn.Linear(3, 1)).compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="a generator can be gone through once"):
+        assert model.fit(batches, epochs=2, verbose=0).epoch == [0]
+
+
+def test_validation_freq_counts_epochs_from_one():
+    callback, _ = recorder()
+    held_out = (torch.rand(4, 3), torch.rand(4, 1))
+    _, history = run(callback, epochs=5, validation_data=held_out, validation_freq=2)
+    assert len(history.history["val_loss"]) == 2
+    _, history = run(callback, epochs=5, validation_data=held_out, validation_freq=[1, 5])
+    assert len(history.history["val_loss"]) == 2
+    assert history.to_pandas()["val_loss"].notna().tolist() == [True, False, False, False, True]
+
+
+def test_what_a_callback_puts_into_the_logs_gets_into_the_history():
+    class Rate(kt.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            logs["rate"] = 0.5**epoch
+
+    assert run(Rate())[1].history["rate"] == [1.0, 0.5]
+
+
+def test_the_module_trains_in_train_mode_validates_in_eval_mode_and_comes_back_as_it_was():
+    modes = []
+
+    class Watch(nn.Linear):
+        def forward(self, x):
+            modes.append(self.training)
+            return super().forward(x)
+
+    net = nn.Sequential(Watch(3, 3), nn.Dropout(), nn.Linear(3, 1))
+    net.eval()
+    net[1].train()  # half and half
+    model = kt.Model(net).compile("sgd", "mse")
+    model.fit(torch.rand(4, 3), torch.rand(4, 1), validation_data=(torch.rand(4, 3), torch.rand(4, 1)), epochs=2, verbose=0)
+    assert modes == [True, False, True, False]
+    assert [part.training for part in net.modules()] == [False, False, True, False]
+    for use in (model.evaluate, model.predict, model.train_on_batch, model.test_on_batch):
+        use(*[torch.rand(4, 3), torch.rand(4, 1)][: 1 if use == model.predict else 2])
+        assert [part.training for part in net.modules()] == [False, False, True, False]
