@@ -1,22 +1,22 @@
 """What a training step costs around its arithmetic: kerastorch, two hand-written loops and the libraries nearest to it.
 
-Measured is the time of a training step, in microseconds, of three small models on one CPU thread. All contenders train
-the same module from the same weights on the same tensors, with Adam, batches of 32 in a new order each epoch, and keep
-the mean loss and accuracy of the training data for each epoch. Each is built once, the way its own documentation shows,
-with its progress bar, logger and checkpoints off; a first epoch (imports, warm-up) is not counted. Then all train a few
-epochs in turn, round after round, the order rotated, so that a busy machine is busy for everybody. A call of `fit` is
-timed as a whole: what it costs before its first step is in the numbers.
+Measured is the time of a training step of three small models on one CPU thread. All contenders train the same module
+from the same weights on the same tensors, with Adam, batches of 32 in a new order each epoch, and keep the mean loss and
+accuracy of the training data for each epoch. Each is built once, as its own documentation shows, with progress bar,
+logger and checkpoints off; a first epoch (imports, warm-up) is not counted. Then all train a few epochs in turn, round
+after round, each round begun by another, so that a busy machine is busy for everybody. A call of `fit` is timed as a
+whole; what it does before its first step takes 4 ms at most (Lightning), below 1% of a round with the defaults.
 
 The two loops are the ends of what people write by hand:
-- `best loop`: batches gathered by `index_select` from one `randperm` an epoch, `Adam(fused=True)`, sums kept in tensors;
-- `usual loop`: TensorDataset and DataLoader, `Adam()`, `.item()` of loss and accuracy in each step.
+- best: batches gathered by `index_select` from one `randperm` an epoch, `Adam(fused=True)`, sums kept in tensors;
+- usual: TensorDataset and DataLoader, `Adam()`, `.item()` of loss and accuracy in each step.
 
 How to run:
     pip install -c constraints.txt -e .[conformance]
-    python benchmarks/overhead.py                                  # all models, about three minutes
-    python benchmarks/overhead.py --model mlp --validation         # each epoch ends with a tenth of the data validated
-    python benchmarks/overhead.py --contenders kerastorch,usual --fused
-    python benchmarks/overhead.py --imports                        # what `import` costs, on top of torch
+    python benchmarks/overhead.py                              # all models, some three minutes
+    python benchmarks/overhead.py --model mlp --validation     # each epoch ends with a validation
+    python benchmarks/overhead.py --fused --contenders best,kerastorch,poutyne
+    python benchmarks/overhead.py --imports                    # what `import` costs on top of torch
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,123 +41,100 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+os.environ["KERAS_BACKEND"] = "torch"  # read when Keras is imported
+
 BATCH_SIZE = 32
-Train = Callable[[int], tuple[float, float]]  # trains so many epochs more; loss and accuracy of the last one
+LOGS = ("loss", "accuracy", "val_loss")
+Train = Callable[[int], Any]  # trains so many epochs more and returns LOGS of the last; `val_loss` may be None
 
 
 @dataclass
 class Task:
-    """What everybody trains.
+    """What everybody trains."""
 
-    Attributes:
-        module: The initial weights; `net` gives each contender a copy.
-        x: Inputs, shape (samples, ...).
-        y: Classes, shape (samples,).
-        validation: The same two of other samples, or `None`.
-        fused: Whether the peers that take a torch optimizer get `Adam(fused=True)` too.
-        keras_layers: `keras.layers` -> the same module as a list of Keras layers; `None` = there is no such list.
-    """
-
-    module: nn.Module
-    x: Tensor
-    y: Tensor
-    validation: tuple[Tensor, Tensor] | None = None
-    fused: bool = False
-    keras_layers: Callable | None = None
+    module: nn.Module  # the initial weights: each contender gets a copy
+    x: Tensor  # shape (samples, ...)
+    y: Tensor  # class indices, shape (samples,)
+    keras_layers: Callable | None = None  # `keras.layers` -> the same module as Keras layers
+    validation: tuple[Tensor, Tensor] | None = None  # x and y of other samples
+    fused: bool | None = None  # for the Adam of peers; `None` is torch's default
 
     def net(self) -> nn.Module:
         return copy.deepcopy(self.module)
 
-    def adam(self, parameters: object) -> torch.optim.Adam:
-        return torch.optim.Adam(parameters, fused=self.fused or None)
-
-    def loader(self) -> DataLoader:
-        return DataLoader(TensorDataset(self.x, self.y), batch_size=BATCH_SIZE, shuffle=True)
-
-    def validation_loader(self) -> DataLoader | None:
-        return self.validation and DataLoader(TensorDataset(*self.validation), batch_size=BATCH_SIZE)
-
-    def steps(self) -> int:
-        return -(-len(self.x) // BATCH_SIZE)
+    def loaders(self) -> tuple[DataLoader, DataLoader | None]:
+        training = DataLoader(TensorDataset(self.x, self.y), batch_size=BATCH_SIZE, shuffle=True)
+        return training, self.validation and DataLoader(TensorDataset(*self.validation), batch_size=BATCH_SIZE)
 
 
-# The contenders: each builds everything once and returns a function that trains on.
+# The contenders: each builds everything once and returns a function that trains on; None where there is nothing to build.
 
 
 def kerastorch(task: Task) -> Train:
     import kerastorch as kt
 
     model = kt.Model(task.net(), backend="cpu").compile("adam", "cross_entropy", metrics=["accuracy"])
-
-    def train(epochs: int) -> tuple[float, float]:
-        history = model.fit(
-            task.x, task.y, epochs=epochs, batch_size=BATCH_SIZE, validation_data=task.validation, verbose=0
-        ).history
-        return history["loss"][-1], history["accuracy"][-1]
-
-    return train
+    options = {"batch_size": BATCH_SIZE, "validation_data": task.validation, "verbose": 0}
+    return lambda epochs: last(model.fit(task.x, task.y, epochs=epochs, **options).history)
 
 
 def best_loop(task: Task) -> Train:
     net, x, y = task.net(), task.x, task.y
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
 
-    def train(epochs: int) -> tuple[float, float]:
-        for _ in range(epochs):
-            net.train()
-            loss_sum, right = torch.zeros(()), torch.zeros((), dtype=torch.long)
-            for rows in torch.randperm(len(x)).split(BATCH_SIZE):
-                target = y.index_select(0, rows)
-                output = net(x.index_select(0, rows))
-                loss = F.cross_entropy(output, target)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                loss_sum += loss.detach() * len(rows)
-                right += (output.detach().argmax(1) == target).sum()
-            if task.validation:
-                validate()
+    def train_epoch() -> tuple[float, float]:
+        net.train()
+        loss_sum, right = torch.zeros(()), torch.zeros((), dtype=torch.long)
+        for rows in torch.randperm(len(x)).split(BATCH_SIZE):
+            target = y.index_select(0, rows)
+            output = net(x.index_select(0, rows))
+            loss = F.cross_entropy(output, target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss_sum += loss.detach() * len(rows)
+            right += (output.detach().argmax(1) == target).sum()
         return loss_sum.item() / len(x), right.item() / len(x)
 
     @torch.no_grad()
-    def validate() -> tuple[float, float]:
-        net.eval()
-        output, target = net(task.validation[0]), task.validation[1]
-        return F.cross_entropy(output, target).item(), (output.argmax(1) == target).float().mean().item()
+    def validate(x: Tensor, y: Tensor) -> tuple[float, float]:
+        output = net.eval()(x)  # without gradients a tenth of the data is one batch
+        return F.cross_entropy(output, y).item(), (output.argmax(1) == y).float().mean().item()
+
+    def train(epochs: int) -> Any:
+        for _ in range(epochs):
+            logs = train_epoch()
+            val_logs = validate(*task.validation) if task.validation else (None,)
+        return *logs, val_logs[0]
 
     return train
 
 
 def usual_loop(task: Task) -> Train:
-    net, loader, validation_loader = task.net(), task.loader(), task.validation_loader()
-    optimizer = task.adam(net.parameters())
-    loss_function = nn.CrossEntropyLoss()
+    net, (loader, validation_loader) = task.net(), task.loaders()
+    optimizer = torch.optim.Adam(net.parameters())
+    criterion = nn.CrossEntropyLoss()
 
-    def train(epochs: int) -> tuple[float, float]:
-        for _ in range(epochs):
-            net.train()
-            loss_sum, right = 0.0, 0
-            for x, y in loader:
+    def run(loader: DataLoader, is_training: bool) -> tuple[float, float]:
+        net.train(is_training)
+        loss_sum, right = 0.0, 0
+        for x, y in loader:
+            output = net(x)
+            loss = criterion(output, y)
+            if is_training:
                 optimizer.zero_grad()
-                output = net(x)
-                loss = loss_function(output, y)
                 loss.backward()
                 optimizer.step()
-                loss_sum += loss.item() * len(x)
-                right += (output.argmax(1) == y).sum().item()
-            if task.validation:
-                validate()
-        return loss_sum / len(task.x), right / len(task.x)
-
-    @torch.no_grad()
-    def validate() -> tuple[float, float]:
-        net.eval()
-        loss_sum, right = 0.0, 0
-        for x, y in validation_loader:
-            output = net(x)
-            loss_sum += loss_function(output, y).item() * len(x)
+            loss_sum += loss.item() * len(x)
             right += (output.argmax(1) == y).sum().item()
-        return loss_sum / len(task.validation[0]), right / len(task.validation[0])
+        return loss_sum / len(loader.dataset), right / len(loader.dataset)
+
+    def train(epochs: int) -> Any:
+        for _ in range(epochs):
+            logs = run(loader, True)
+            with torch.no_grad():
+                val_logs = run(validation_loader, False) if validation_loader else (None,)
+        return *logs, val_logs[0]
 
     return train
 
@@ -171,8 +149,8 @@ def skorch(task: Task) -> Train:
         task.net(),
         criterion=nn.CrossEntropyLoss,
         optimizer=torch.optim.Adam,
-        optimizer__lr=1e-3,  # skorch's own default is 1e-2
-        optimizer__fused=task.fused or None,
+        optimizer__lr=1e-3,  # skorch's default is 1e-2
+        optimizer__fused=task.fused,
         batch_size=BATCH_SIZE,
         iterator_train__shuffle=True,
         train_split=task.validation and predefined_split(Dataset(*task.validation)),
@@ -181,10 +159,9 @@ def skorch(task: Task) -> Train:
         verbose=0,
     )
 
-    def train(epochs: int) -> tuple[float, float]:
-        net.set_params(max_epochs=epochs)
-        net.partial_fit(task.x, task.y)
-        return net.history[-1, ("train_loss", "train_acc")]
+    def train(epochs: int) -> Any:
+        row = net.set_params(max_epochs=epochs).partial_fit(task.x, task.y).history[-1]
+        return row["train_loss"], row["train_acc"], row.get("valid_loss")
 
     return train
 
@@ -192,14 +169,13 @@ def skorch(task: Task) -> Train:
 def poutyne(task: Task) -> Train:
     from poutyne import Model
 
-    net = task.net()
-    model = Model(net, task.adam(net.parameters()), "cross_entropy", batch_metrics=["accuracy"])
+    net, loaders = task.net(), task.loaders()
+    optimizer = torch.optim.Adam(net.parameters(), fused=task.fused)
+    model = Model(net, optimizer, "cross_entropy", batch_metrics=["accuracy"])
 
-    def train(epochs: int) -> tuple[float, float]:
-        logs = model.fit(
-            task.x, task.y, task.validation, epochs=epochs, batch_size=BATCH_SIZE, progress_options=None, verbose=False
-        )
-        return logs[-1]["loss"], logs[-1]["acc"] / 100
+    def train(epochs: int) -> Any:
+        logs = model.fit_generator(*loaders, epochs=epochs, verbose=False)[-1]
+        return logs["loss"], logs["acc"] / 100, logs.get("val_loss")
 
     return train
 
@@ -211,9 +187,15 @@ def lightning(task: Task) -> Train:
         def __init__(self) -> None:
             super().__init__()
             self.net = task.net()
-            self.optimizer = task.adam(self.net.parameters())  # kept, so that a second `fit` goes on
+            self.optimizer = torch.optim.Adam(self.net.parameters(), fused=task.fused)
 
-        def measure(self, batch: tuple[Tensor, Tensor], prefix: str) -> Tensor:
+        def training_step(self, batch: Any) -> Tensor:
+            return self.measure(batch, "")
+
+        def validation_step(self, batch: Any) -> Tensor:
+            return self.measure(batch, "val_")
+
+        def measure(self, batch: Any, prefix: str) -> Tensor:
             x, y = batch
             output = self.net(x)
             loss = F.cross_entropy(output, y)
@@ -222,31 +204,23 @@ def lightning(task: Task) -> Train:
             self.log(f"{prefix}accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(x))
             return loss
 
-        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-            return self.measure(batch, "")
-
-        def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
-            self.measure(batch, "val_")
-
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return self.optimizer
+            return self.optimizer  # the same at each `fit`, so that training goes on
 
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     trainer = L.Trainer(accelerator="cpu", devices=1, max_epochs=0, num_sanity_val_steps=0, **quiet)
-    module, loaders = Classifier(), (task.loader(), task.validation_loader())
+    module, loaders = Classifier(), task.loaders()
 
-    def train(epochs: int) -> tuple[float, float]:
+    def train(epochs: int) -> Any:
         trainer.fit_loop.max_epochs += epochs
         trainer.fit(module, *loaders)
-        return trainer.callback_metrics["loss"].item(), trainer.callback_metrics["accuracy"].item()
+        return [trainer.callback_metrics.get(name) for name in LOGS]
 
     return train
 
 
 def keras_wrapping(task: Task) -> Train:
-    os.environ.setdefault("KERAS_BACKEND", "torch")
     import keras
 
     class Wrapped(keras.Model):
@@ -257,35 +231,30 @@ def keras_wrapping(task: Task) -> Train:
         def call(self, x: Tensor) -> Tensor:
             return self.net(x)
 
-    return _fit_of_keras(Wrapped(), task)
+    return train_of_keras(keras, Wrapped(), task)
 
 
 def keras_layers(task: Task) -> Train | None:
-    os.environ.setdefault("KERAS_BACKEND", "torch")
     import keras
 
     if task.keras_layers is None:
         return None
     model = keras.Sequential([keras.Input(task.x.shape[1:]), *task.keras_layers(keras.layers)])
-    # Keras has the axes of its kernels the other way round: (inputs, outputs), (height, width, inputs, outputs).
+    # The axes of Keras's kernels are (inputs, outputs) and (height, width, inputs, outputs).
     weights = (weight.detach() for weight in task.module.parameters())
     model.set_weights([w.permute(*range(2, w.ndim), 1, 0) if w.ndim > 1 else w for w in weights])
-    return _fit_of_keras(model, task)
+    return train_of_keras(keras, model, task)
 
 
-def _fit_of_keras(model: object, task: Task) -> Train:
-    import keras
-
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile("adam", loss, metrics=["accuracy"])
+def train_of_keras(keras: Any, model: Any, task: Task) -> Train:
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     x, y = task.x.numpy(), task.y.numpy()
-    validation = task.validation and tuple(tensor.numpy() for tensor in task.validation)
+    options = {"validation_data": task.validation and tuple(part.numpy() for part in task.validation), "verbose": 0}
+    return lambda epochs: last(model.fit(x, y, BATCH_SIZE, epochs, **options).history)
 
-    def train(epochs: int) -> tuple[float, float]:
-        history = model.fit(x, y, BATCH_SIZE, epochs, verbose=0, validation_data=validation).history
-        return history["loss"][-1], history["accuracy"][-1]
 
-    return train
+def last(history: dict[str, list[float]]) -> list[float | None]:
+    return [history.get(name, [None])[-1] for name in LOGS]
 
 
 CONTENDERS = {
@@ -304,38 +273,32 @@ CONTENDERS = {
 
 
 def mlp() -> Task:
-    """64-128-10 on 4,096 random vectors, whose class a random linear map decides."""
+    """64-128-10, 4,096 random vectors whose class a random linear map decides."""
     x = torch.randn(4096, 64)
-    y = (x @ torch.randn(64, 10)).argmax(1)
     module = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
-    return Task(
-        module, x, y, keras_layers=lambda layers: [layers.Dense(128, activation="relu"), layers.Dense(10)]
-    )
+    in_keras = lambda layers: [layers.Dense(128, activation="relu"), layers.Dense(10)]  # noqa: E731
+    return Task(module, x, (x @ torch.randn(64, 10)).argmax(1), in_keras)
 
 
 def conv() -> Task:
-    """Two convolutions on the 1,797 handwritten digits of scikit-learn, 8 x 8 pixels each."""
+    """two convolutions (16, 32), the 1,797 handwritten digits of scikit-learn, 8 x 8 pixels each."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16.0
-    first, second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
-    head = (nn.Flatten(), nn.Linear(32 * 2 * 2, 10))
-    module = nn.Sequential(first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.MaxPool2d(2), *head)
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
 
-    def in_keras(layers: object) -> list:
-        order = {"data_format": "channels_first"}
-        parts = []
-        for filters in (16, 32):
-            parts += [layers.Conv2D(filters, 3, padding="same", activation="relu", **order)]
-            parts += [layers.MaxPooling2D(2, **order)]
-        return [*parts, layers.Flatten(), layers.Dense(10)]
+    def in_keras(layers: Any) -> list[Any]:
+        options, order = {"padding": "same", "activation": "relu"}, {"data_format": "channels_first"}
+        blocks = [(layers.Conv2D(n, 3, **options, **order), layers.MaxPooling2D(2, **order)) for n in (16, 32)]
+        return [*blocks[0], *blocks[1], layers.Flatten(), layers.Dense(10)]
 
-    return Task(module, x, torch.tensor(digits.target), keras_layers=in_keras)
+    module = nn.Sequential(*block(1, 16), *block(16, 32), nn.Flatten(), nn.Linear(32 * 2 * 2, 10))
+    images, classes = load_digits(return_X_y=True)
+    return Task(module, torch.tensor(images).float().view(-1, 1, 8, 8) / 16, torch.tensor(classes), in_keras)
 
 
 class NextByte(nn.Module):
-    """Which byte follows a sequence of 32: two transformer layers of width 64, four heads."""
+    """Logits, shape (samples, 128), of the byte that follows `tokens`, shape (samples, 32)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -350,10 +313,10 @@ class NextByte(nn.Module):
 
 
 def transformer() -> Task:
-    """2,048 sequences from the help texts that come with Python."""
+    """two layers of width 64 with 4 heads, the byte after each of 2,048 sequences of 32 from Python's help texts."""
     text = "".join(pydoc_data.topics.topics.values()).encode("ascii", "ignore")
-    windows = torch.tensor(list(text[: 2048 * 33])).view(2048, 33)
-    return Task(NextByte(), windows[:, :32].contiguous(), windows[:, 32].contiguous())
+    sequences = torch.tensor(list(text[: 2048 * 33])).view(2048, 33)
+    return Task(NextByte(), sequences[:, :32].contiguous(), sequences[:, 32].contiguous())
 
 
 MODELS = {"mlp": mlp, "conv": conv, "transformer": transformer}
@@ -366,87 +329,88 @@ def measure(name: str, options: argparse.Namespace) -> None:
     """Trains one model with all contenders in turn and prints the table."""
     torch.manual_seed(0)
     task = MODELS[name]()
-    task.fused = options.fused
+    task.fused = options.fused or None
     if options.validation:
         cut = len(task.x) // 10
         task.validation = task.x[-cut:], task.y[-cut:]
         task.x, task.y = task.x[:-cut], task.y[:-cut]
+    trains = build(task, options.contenders)
 
-    trains = {}
-    for contender in options.contenders:
-        try:
-            train = CONTENDERS[contender](task)
-        except ImportError as error:
-            print(f"{contender}: skipped, {error}")
-            continue
-        if train is None:
-            print(f"{contender}: skipped, there is no {name} of that kind")
-            continue
-        train(1)
-        trains[contender] = train
-
-    steps = options.epochs * task.steps()
-    times, results, order = {contender: [] for contender in trains}, {}, list(trains)
+    steps = options.epochs * len(task.loaders()[0])
+    times, logs, order = {contender: [] for contender in trains}, {}, list(trains)
     for _ in range(options.rounds):
         for contender in order:
             start = time.perf_counter()
-            results[contender] = trains[contender](options.epochs)
+            logs[contender] = trains[contender](options.epochs)
             times[contender].append((time.perf_counter() - start) / steps * 1e6)
         order = order[1:] + order[:1]
 
-    epochs = 1 + options.rounds * options.epochs
-    print(f"\n{name}: {' '.join(MODELS[name].__doc__.split())}")
-    print(f"{task.steps()} steps an epoch, {options.rounds} rounds of {options.epochs} epochs, loss after {epochs}\n")
-    print(table(times, results), flush=True)
-    losses = [loss for loss, _ in results.values()]
+    print(f"\n{name}: {MODELS[name].__doc__} {options.rounds} rounds of {steps} steps, after a first epoch.\n")
+    print(table(times, logs), flush=True)
+    losses = [loss for loss, *_ in logs.values()]
     # Their orders of the samples differ, so their losses do a little; work left out would show in more.
-    assert max(losses) - min(losses) < 0.1 * statistics.median(losses) + 0.02, f"not the same work: {results}"
+    assert max(losses) - min(losses) < 0.1 * statistics.median(losses) + 0.02, "they did not all do the same work"
 
 
-def table(times: dict[str, list[float]], results: dict[str, tuple[float, float]]) -> str:
-    """One line for each contender, the fastest first; ratios are ratios of medians."""
+def build(task: Task, contenders: list[str]) -> dict[str, Train]:
+    """What trains on, by contender; the first epoch is behind it."""
+    trains = {}
+    for contender in contenders:
+        try:
+            train = CONTENDERS[contender](task)
+        except ImportError as error:
+            print(f"{contender} is skipped: {error}")
+            continue
+        if train is None:
+            print(f"{contender} is skipped: this model is not written with its layers here")
+            continue
+        train(1)
+        trains[contender] = train
+    return trains
+
+
+def table(times: dict[str, list[float]], logs: dict[str, Any]) -> str:
+    """A line for each contender, the fastest first; ratios are ratios of medians."""
     medians = {contender: statistics.median(values) for contender, values in times.items()}
     lines = []
     for contender in sorted(medians, key=medians.get):
-        ratios = [
-            f"{medians[contender] / medians[loop]:.2f}" if loop in medians else "-" for loop in ("best", "usual")
-        ]
-        spread = f"{min(times[contender]):.0f}..{max(times[contender]):.0f}"
-        loss, accuracy = results[contender]
-        lines.append([contender, f"{medians[contender]:.0f}", *ratios, spread, f"{loss:.3f}", f"{accuracy:.3f}"])
-    headers = ["contender", "us/step", "x best", "x usual", "min..max", "loss", "accuracy"]
-    return tabulate(lines, headers, "github", disable_numparse=True, colalign=("left", *["right"] * 6))
+        median, values = medians[contender], times[contender]
+        ratios = [f"{median / medians[loop]:.2f}" if loop in medians else "-" for loop in ("best", "usual")]
+        ends = ["-" if value is None else f"{value:.3f}" for value in logs[contender]]
+        lines.append([contender, f"{median:.0f}", *ratios, f"{min(values):.0f}..{max(values):.0f}", *ends])
+    headers = ["contender", "us/step", "x best", "x usual", "min..max", *LOGS]
+    return tabulate(lines, headers, "github", disable_numparse=True, colalign=("left", *["right"] * 7))
 
 
 def imports(repeats: int = 5) -> None:
     """Prints what `import` of each library takes after `import torch`: the median of fresh processes."""
     lines = []
     for library in ("kerastorch", "skorch", "poutyne", "lightning", "keras"):
-        code = f"import torch, time; t = time.perf_counter(); import {library}; print(time.perf_counter() - t)"
-        command, environment = [sys.executable, "-c", code], os.environ | {"KERAS_BACKEND": "torch"}
-        runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(repeats)]
+        code = f"import time, torch; start = time.perf_counter(); import {library}; print(time.perf_counter() - start)"
+        runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(repeats)]
         if any(run.returncode for run in runs):
-            print(f"{library}: skipped, {runs[0].stderr.strip().splitlines()[-1]}")
+            print(f"{library} is skipped: {runs[0].stderr.strip().splitlines()[-1]}")
             continue
         lines.append([library, f"{statistics.median(float(run.stdout.split()[-1]) for run in runs):.2f}"])
-    print(tabulate(lines, ["library", "import, s over torch"], "github", disable_numparse=True))
+    print(tabulate(lines, ["library", "s over torch"], "github", disable_numparse=True, colalign=("left", "right")))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
     parser.add_argument("--rounds", type=int, default=5, help="how often each contender is timed (default: 5)")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs in a round (default: 2)")
-    parser.add_argument("--validation", action="store_true", help="validate on a tenth after each epoch")
-    parser.add_argument("--fused", action="store_true", help="Adam(fused=True) for all that take a torch optimizer")
-    parser.add_argument("--contenders", type=lambda names: names.split(","), default=list(CONTENDERS))
+    parser.add_argument("--epochs", type=int, default=3, help="epochs in a round (default: 3)")
+    parser.add_argument("--validation", action="store_true", help="validate on the last tenth after each epoch")
+    parser.add_argument("--fused", action="store_true", help="Adam(fused=True) for the peers too, as no docs show")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="some of %(default)s")
     parser.add_argument("--imports", action="store_true", help="measure imports instead")
     options = parser.parse_args()
-    if unknown := set(options.contenders) - set(CONTENDERS):
-        parser.error(f"unknown contenders {', '.join(sorted(unknown))}; known are {', '.join(CONTENDERS)}")
     if options.imports:
         return imports()
-    warnings.filterwarnings("ignore")  # peers advise on workers of the loader and the like
+    options.contenders = options.contenders.split(",")
+    if unknown := set(options.contenders) - set(CONTENDERS):
+        parser.error(f"unknown contenders {', '.join(sorted(unknown))}; known are {', '.join(CONTENDERS)}")
+    warnings.filterwarnings("ignore")  # peers advise on workers of loaders
     torch.set_num_threads(1)
     for name in MODELS if options.model == "all" else [options.model]:
         measure(name, options)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
+from .callbacks.base import hooks_of
 from .structures import named_leaves
 
 
@@ -80,6 +82,23 @@ def refuse_second_pass(repeats: bool, steps: int | None, epochs: range, freq: in
         raise ValueError(
             f"validation_data is a generator, which ends after the first of {times} validations. "
             f"Give validation_steps, a list, or a callable that makes a new one each time."
+        )
+
+
+def refuse_unknown_monitors(callbacks: list[Any], known: list[str]) -> None:
+    """What a callback monitors must be among the names that the logs will have.
+
+    A callback behind others that hear of the end of an epoch is let pass: they may put more into the logs.
+    """
+    for index, callback in enumerate(callbacks):
+        monitor = getattr(callback, "monitor", None)
+        if hooks_of(callbacks[:index]).on_epoch_end or not isinstance(monitor, str) or monitor in known:
+            continue
+        close = difflib.get_close_matches(monitor, known, n=1, cutoff=0.6)
+        hint = f"Did you mean {close[0]!r}?" if close else "Give one of these, or add the metric to compile."
+        without = " (val_ names need validation_data)" if not any(name.startswith("val_") for name in known) else ""
+        raise ValueError(
+            f"{type(callback).__name__} monitors {monitor!r}, but the logs will have {', '.join(known)}{without}. {hint}"
         )
 
 

@@ -266,7 +266,7 @@ class SumOfLosses:
 
     def __call__(self, output: Any, target: Any, weight: Any = None) -> Tensor:
         """The weighted sum, a scalar; `latest` has the parts."""
-        self.latest = {
+        losses = {
             name: loss(
                 _part(output, self.keys[name], "outputs"),
                 _part(target, self.keys[name], "targets"),
@@ -276,7 +276,8 @@ class SumOfLosses:
             )
             for name, loss in self.parts.items()
         }
-        return sum(loss * self.weights[name] for name, loss in self.latest.items())
+        self.latest = {name: loss.detach() for name, loss in losses.items()}
+        return sum(loss * self.weights[name] for name, loss in losses.items())
 
 
 def own_loss(output: Any, target: Any = None, weight: Any = None) -> Tensor:

@@ -285,14 +285,19 @@ def _score(name: str, **options: Any) -> Callable[[Loss | None], Callable]:
 
 
 def _binary_scores(loss: Loss | None, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    # Squashed here: torchmetrics would guess anew for each batch whether it sees logits.
-    is_probability = loss is not None and loss.targets is not None and not loss.on_logits
-    return (output if is_probability else output.sigmoid()).reshape(target.shape), target.long()
+    # Squashed here, probabilities too: torchmetrics would guess anew for each batch whether it sees logits.
+    threshold = 0.5 if loss is not None and loss.targets is VALUES and not loss.on_logits else 0.0
+    return (_wide(output) - threshold).sigmoid().reshape(target.shape), target.long()
 
 
 def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     output, target = classes_first(output, target)
-    return output.softmax(1), target.long()
+    return _wide(output).softmax(1), target.long()
+
+
+def _wide(output: Tensor) -> Tensor:
+    """In float64 where there is one: in float32 every sigmoid from 17 on is 1, and different scores become equal."""
+    return output if output.device.type == "mps" else output.double()
 
 
 def _r2(loss: Loss | None) -> Callable:

@@ -181,6 +181,8 @@ class Model:
 
         training_data = self._with_optimizer(training_data)
         params = {"verbose": verbose, "epochs": epochs, "steps": steps_per_epoch or training_data.steps}
+        known = self._training_tracker.keys()
+        checks.refuse_unknown_monitors(callbacks, known + [f"val_{name}" for name in known if validation])
         hooks = self._hooks(callbacks, verbose, params)
         training = self._recipe(self._training_tracker, hooks)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
@@ -452,6 +454,8 @@ class Model:
         return (data[0] if is_pair else data, None)
 
     def _expect(self, *targets: Any) -> None:
+        """Has loss and metrics checked on the next batch, and the loss on all the targets that are in memory."""
+        self._training_tracker.expect()
         if self._loss is not None:
             self._loss.expect(*targets)
 

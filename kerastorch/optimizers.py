@@ -156,18 +156,20 @@ def _lean(parent: type, state_names: Callable[[dict], tuple[str, ...]], update: 
 
     class Lean(parent):
         _lists: list[_Lists] | None = None
+        _states = 0  # parameters that had a state then: a user may drop some, to start those anew
 
         @torch.no_grad()
         def step(self, closure: Callable | None = None) -> Any:
             # `found_inf` is left here by a gradient scaler, for torch's own step to heed.
             lists = None if closure is not None or hasattr(self, "found_inf") else self._lists
-            if lists is None or len(lists) != len(self.param_groups):
+            if lists is None or len(lists) != len(self.param_groups) or len(self.state) != self._states:
                 return self._remember(full_step(self, closure))
-            pairs = zip(self.param_groups, lists, strict=True)
-            found = [group_lists.gradients(self.state, state_names(group)) for group, group_lists in pairs]
-            for gradients in found:
+            found = []
+            for group, group_lists in zip(self.param_groups, lists, strict=True):
+                gradients = group_lists.gradients(self.state, state_names(group))
                 if gradients is None:
                     return self._remember(full_step(self))
+                found.append(gradients)
             for group, group_lists, gradients in zip(self.param_groups, lists, found, strict=True):
                 if gradients:
                     update(group_lists, gradients, group)
@@ -176,10 +178,11 @@ def _lean(parent: type, state_names: Callable[[dict], tuple[str, ...]], update: 
             groups = self.param_groups
             is_fused = all(group["fused"] and _is_uniform(group) for group in groups)
             self._lists = [_Lists(group, self.state, state_names(group)) for group in groups] if is_fused else None
+            self._states = len(self.state)
             return loss
 
     Lean.__name__ = Lean.__qualname__ = parent.__name__
-    Lean.__doc__ = parent.__doc__
+    Lean.__doc__ = f"`torch.optim.{parent.__name__}`, its fused step without the search for its tensors."
     return Lean
 
 

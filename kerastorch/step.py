@@ -43,6 +43,8 @@ def train_step(recipe: Recipe, batch: tuple[Any, Any, Any]) -> None:
     hooks, optimizer = recipe.hooks, recipe.optimizer
     output = forward(recipe.module, x)
     loss = recipe.loss(output, target, weight)
+    # Before the update: a metric that does not fit the data fails while nothing has changed.
+    recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x))
     for hook in hooks.on_before_backward:
         hook(loss)
     loss.backward()
@@ -56,26 +58,28 @@ def train_step(recipe: Recipe, batch: tuple[Any, Any, Any]) -> None:
         hook(optimizer)
     for parameter in recipe.parameters:  # what `optimizer.zero_grad()` does, for a tenth of its time
         parameter.grad = None
-    recipe.tracker.add(loss, output, target, samples_in(x))
 
 
 def closure_step(recipe: Recipe, batch: tuple[Any, Any, Any]) -> None:
     """`train_step` for optimizers that evaluate the loss several times a step (LBFGS); its first value is logged."""
     x, target, weight = batch
     hooks, optimizer = recipe.hooks, recipe.optimizer
-    evaluations = []
+    is_first = True
 
     def closure() -> Tensor:
+        nonlocal is_first
         for parameter in recipe.parameters:
             parameter.grad = None
         output = forward(recipe.module, x)
         loss = recipe.loss(output, target, weight)
+        if is_first:
+            recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x))
+            is_first = False
         for hook in hooks.on_before_backward:
             hook(loss)
         loss.backward()
         for hook in hooks.on_after_backward:
             hook()
-        evaluations.append((loss, output))
         return loss
 
     for hook in hooks.on_before_optimizer_step:
@@ -86,14 +90,14 @@ def closure_step(recipe: Recipe, batch: tuple[Any, Any, Any]) -> None:
         hook(optimizer)
     for parameter in recipe.parameters:
         parameter.grad = None
-    recipe.tracker.add(*evaluations[0], target, samples_in(x))
 
 
 def evaluation_step(recipe: Recipe, batch: tuple[Any, Any, Any]) -> None:
     """Loss and metrics of one batch; called without grad and in eval mode."""
     x, target, weight = batch
     output = forward(recipe.module, x)
-    recipe.tracker.add(recipe.loss(output, target, weight), output, target, samples_in(x))
+    loss = recipe.loss(output, target, weight)
+    recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x))
 
 
 def forward(module: nn.Module, x: Any) -> Any:
@@ -109,4 +113,4 @@ def forward(module: nn.Module, x: Any) -> Any:
 
 def samples_in(x: Any) -> int:
     """How many samples a batch has: the length of its first tensor."""
-    return len(x) if isinstance(x, Tensor) else len(next(leaf for leaf in leaves(x) if isinstance(leaf, Tensor)))
+    return len(next(leaf for leaf in leaves(x) if isinstance(leaf, Tensor)))

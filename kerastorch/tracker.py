@@ -46,7 +46,19 @@ class Tracker:
         for _, metric in self.stateful:
             if hasattr(metric.metric, "to"):
                 metric.metric.to(device)
+        self.expect()
         self.reset()
+
+    def keys(self) -> list[str]:
+        """Names that the results will have."""
+        parts = [f"{name}_loss" for name in self.loss.parts] if self._has_parts else []
+        # A torchmetrics.MetricCollection has names of its own.
+        collected = [key for _, one in self.stateful if hasattr(one.metric, "keys") for key in one.metric.keys()]
+        return ["loss", *parts, *self.names, *collected]
+
+    def expect(self) -> None:
+        """Measures the next batch at once, so that a metric that does not fit the data fails before any training."""
+        self._is_unproven = True
 
     def reset(self) -> None:
         """Forgets everything: a new epoch begins."""
@@ -76,11 +88,12 @@ class Tracker:
             self._capacity = self._capacity_for(output)
         self.samples += samples
         self._pending.append((self._kept(loss), output, target) if self._has_parts else (loss.detach(), output, target))
-        if len(self._pending) >= self._capacity:
+        if len(self._pending) >= self._capacity or self._is_unproven:
             self._flush()
+            self._is_unproven = False
 
     def _kept(self, loss: Tensor) -> Tensor:
-        return torch.stack([*self.loss.latest.values()]).detach()
+        return torch.stack([*self.loss.latest.values()])
 
     def _capacity_for(self, output: Any) -> int:
         if self._shape is None or not self.joins or output.ndim == 0:

@@ -94,7 +94,9 @@ FORMS = {
 }
 ONE_PASS = {"iterator", "generator"}
 # These bring their own batches; the others are told how large batches are.
-BATCHED = {name for name in FORMS if name.startswith(("loader", "list of", "iterator", "generator")) or name == "callable"}
+BATCHED = {
+    name for name in FORMS if name.startswith(("loader", "list of", "iterator", "generator")) or name == "callable"
+}
 
 
 def hugging_face(columns):
@@ -149,9 +151,7 @@ def test_shuffling_has_the_order_of_the_seed_in_every_form(name, classifier, dig
         epochs=2,
     )
     data, target = FORMS[name](x, y)
-    kt.Model(classifier).compile("sgd", "cross_entropy", lr=0.1).fit(
-        data, target, epochs=2, batch_size=SIZE, verbose=0
-    )
+    kt.Model(classifier).compile("sgd", "cross_entropy", lr=0.1).fit(data, target, epochs=2, batch_size=SIZE, verbose=0)
     assert reference.same_weights(classifier, expected)
 
 
@@ -252,7 +252,9 @@ def test_memory_maps_are_read_without_loading_them(tmp_path, regressor):
 
 def test_a_float64_module_gets_float64():
     net = nn.Linear(3, 1).double()
-    history = kt.Model(net).compile("sgd", "mse").fit(np.ones((4, 3), np.float32), np.ones((4, 1), np.float32), verbose=0)
+    history = (
+        kt.Model(net).compile("sgd", "mse").fit(np.ones((4, 3), np.float32), np.ones((4, 1), np.float32), verbose=0)
+    )
     assert np.isfinite(history.history["loss"][0]) and net.weight.dtype == torch.float64
 
 
@@ -278,7 +280,13 @@ def test_predict_leaves_the_targets_of_every_form_aside(digits, classifier):
     x, y = digits
     model = kt.Model(classifier)
     expected = model.predict(x, verbose=0)
-    for data in ((x, y), (x, y, torch.ones(len(x))), TensorDataset(x, y), DataLoader(TensorDataset(x, y), 32), [(x, y)]):
+    for data in (
+        (x, y),
+        (x, y, torch.ones(len(x))),
+        TensorDataset(x, y),
+        DataLoader(TensorDataset(x, y), 32),
+        [(x, y)],
+    ):
         assert torch.allclose(model.predict(data, verbose=0), expected, atol=1e-6)
 
 
@@ -286,7 +294,19 @@ def test_predict_leaves_the_targets_of_every_form_aside(digits, classifier):
 
 
 @pytest.mark.parametrize(
-    "name", ["torch", "numpy", "pandas", "lists", "tuple", "TensorDataset", "Dataset", "loader", "loader over tensors", "Hugging Face"]
+    "name",
+    [
+        "torch",
+        "numpy",
+        "pandas",
+        "lists",
+        "tuple",
+        "TensorDataset",
+        "Dataset",
+        "loader",
+        "loader over tensors",
+        "Hugging Face",
+    ],
 )
 def test_validation_split_takes_the_tail_before_shuffling(name, classifier, digits):
     x, y = digits
@@ -348,9 +368,7 @@ def test_class_weight_weighs_the_loss_in_every_form(name, classifier, digits):
 
     data, target = FORMS[name](x, y)
     model = kt.Model(ByName(*classifier)).compile("sgd", "cross_entropy", lr=0.1)
-    history = model.fit(
-        data, target, class_weight=weights, epochs=epochs, shuffle=False, verbose=0, **options(name)
-    )
+    history = model.fit(data, target, class_weight=weights, epochs=epochs, shuffle=False, verbose=0, **options(name))
     assert history.history["loss"] == pytest.approx(losses, abs=1e-5)
     for parameter, other in zip(classifier.parameters(), expected.parameters(), strict=True):
         assert torch.allclose(parameter, other, atol=1e-6)
@@ -383,7 +401,9 @@ def test_class_and_sample_weights_multiply(classifier, digits):
     _, losses = weighted_by_hand(classifier, x, y, weight * torch.where(y == 3, 2.0, 1.0))
     model = kt.Model(classifier).compile("sgd", "cross_entropy", lr=0.1)
     arguments = {"sample_weight": weight, "class_weight": {3: 2.0}, "batch_size": SIZE}
-    assert model.fit(x, y, epochs=2, shuffle=False, verbose=0, **arguments).history["loss"] == pytest.approx(losses, abs=1e-5)
+    assert model.fit(x, y, epochs=2, shuffle=False, verbose=0, **arguments).history["loss"] == pytest.approx(
+        losses, abs=1e-5
+    )
 
 
 def test_one_hot_targets_have_class_weights_too(classifier, digits):
@@ -410,7 +430,12 @@ def test_one_hot_targets_have_class_weights_too(classifier, digits):
         (torch.rand(5, 3), 10, TypeError, "Did you mean epochs=10"),
         (torch.rand(5, 3), None, ValueError, "the data has no targets"),
         (TensorDataset(torch.rand(5, 3)), None, ValueError, "the data has no targets"),
-        (DataLoader(TensorDataset(torch.rand(5, 3), torch.rand(5, 1))), torch.rand(5, 1), TypeError, "y was given beside"),
+        (
+            DataLoader(TensorDataset(torch.rand(5, 3), torch.rand(5, 1))),
+            torch.rand(5, 1),
+            TypeError,
+            "y was given beside",
+        ),
         (3.0, None, TypeError, "data is a float"),
         ({1, 2}, None, TypeError, "a batch is a int"),
         (np.array(["a", "b"]), np.array([0.0, 1.0]), TypeError, "expected numbers"),

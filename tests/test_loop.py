@@ -69,7 +69,14 @@ def test_a_stop_within_a_batch_ends_the_epoch_after_it_and_still_validates():
 def test_a_stop_at_the_end_of_an_epoch_ends_the_run():
     callback, calls = recorder(on_epoch_end=lambda self, *_: setattr(self.model, "stop_training", True))
     run(callback, epochs=9)
-    assert calls == [("on_train_begin",), ("on_epoch_begin", 0), *batch(0), *batch(1), ("on_epoch_end", 0), ("on_train_end",)]
+    assert calls == [
+        ("on_train_begin",),
+        ("on_epoch_begin", 0),
+        *batch(0),
+        *batch(1),
+        ("on_epoch_end", 0),
+        ("on_train_end",),
+    ]
 
 
 def test_a_stop_asked_for_earlier_does_not_stop_the_next_run():
@@ -254,7 +261,9 @@ def test_the_module_trains_in_train_mode_validates_in_eval_mode_and_comes_back_a
     net.eval()
     net[1].train()  # half and half
     model = kt.Model(net).compile("sgd", "mse")
-    model.fit(torch.rand(4, 3), torch.rand(4, 1), validation_data=(torch.rand(4, 3), torch.rand(4, 1)), epochs=2, verbose=0)
+    model.fit(
+        torch.rand(4, 3), torch.rand(4, 1), validation_data=(torch.rand(4, 3), torch.rand(4, 1)), epochs=2, verbose=0
+    )
     assert modes == [True, False, True, False]
     assert [part.training for part in net.modules()] == [False, False, True, False]
     for use in (model.evaluate, model.predict, model.train_on_batch, model.test_on_batch):

@@ -143,7 +143,9 @@ def test_a_step_reads_nothing_from_the_device(classifier, digits, monkeypatch):
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(
-            torch.Tensor, name, lambda self, *a, _name=name, _original=original: reads.append(_name) or _original(self, *a)
+            torch.Tensor,
+            name,
+            lambda self, *a, _name=name, _original=original: reads.append(_name) or _original(self, *a),
         )
     trained = kt.Model(classifier).compile("adam", "cross_entropy", metrics=["accuracy", "top3_accuracy"])
 

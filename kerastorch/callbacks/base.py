@@ -24,6 +24,7 @@ class Callback:
         >>> class Stop(Callback):
         ...     def on_epoch_end(self, epoch, logs=None):
         ...         self.model.stop_training = logs["loss"] < 0.1
+
     Source: names, arguments and order of the hooks on train, test, predict, epoch and batch are Keras's.
     """
 
@@ -173,7 +174,8 @@ def _refuse_mistakes(callback: Any) -> None:
             f"callback {callback!r} is a {type(callback).__name__} without a single hook; expected a Callback."
         )
     for name in set(names) - set(HOOKS):
-        close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.8)
+        # Lightning's hooks say "start" where Keras's say "begin".
+        close = difflib.get_close_matches(name.replace("_start", "_begin"), HOOKS, n=1, cutoff=0.8)
         if close:
             raise ValueError(
                 f"{type(callback).__name__} has a method {name!r}, which is no hook and would never be called. "

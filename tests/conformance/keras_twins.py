@@ -10,6 +10,12 @@ from torch import nn
 
 import kerastorch as kt
 
+# On every test that runs Keras: some of what Keras says on the way is about Keras alone.
+MARKS = [
+    pytest.mark.conformance,
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`shuffle=True` was passed, but will be ignored:UserWarning"),
+]
 SAMPLES, BATCH = 70, 16  # five batches, the last one of 6
 STEPS = 5
 CLOSE = {"rel": 1e-5, "abs": 1e-5}
@@ -32,6 +38,7 @@ OPTIMIZERS = {
 }
 LAYERS = {
     nn.Linear: lambda linear: keras.layers.Dense(linear.out_features),
+    nn.Embedding: lambda table: keras.layers.Embedding(table.num_embeddings, table.embedding_dim),
     nn.Tanh: lambda _: keras.layers.Activation("tanh"),
     nn.Dropout: lambda dropout: keras.layers.Dropout(dropout.p),
     nn.BatchNorm1d: lambda norm: keras.layers.BatchNormalization(momentum=1 - norm.momentum, epsilon=norm.eps),
@@ -87,13 +94,11 @@ def assert_same_history(theirs, ours):
 def twins(*layers, inputs=(4,)):
     """Twins of `nn.Sequential(*layers)`; `inputs` is the shape of one sample."""
     module = nn.Sequential(*layers)
-    model = keras.Sequential([keras.Input(inputs), *(LAYERS[type(layer)](layer) for layer in layers if _has_twin(layer))])
+    # Keras's global pooling flattens by itself.
+    others = [LAYERS[type(layer)](layer) for layer in layers if not isinstance(layer, nn.Flatten)]
+    model = keras.Sequential([keras.Input(inputs), *others])
     copy_weights(module, model)
     return Twins(model, module)
-
-
-def _has_twin(layer):
-    return not isinstance(layer, nn.Flatten)  # Keras's global pooling flattens by itself
 
 
 def mlp(outputs=1):
@@ -107,14 +112,15 @@ def copy_weights(module, model):
     theirs = [layer for layer in model.layers if layer.weights]
     for part, layer in zip(ours, theirs, strict=True):
         arrays = [tensor.numpy() for name, tensor in part.state_dict().items() if name != "num_batches_tracked"]
-        arrays[0] = arrays[0].transpose(*range(2, arrays[0].ndim), 1, 0) if arrays[0].ndim > 1 else arrays[0]
+        if arrays[0].ndim > 1 and not isinstance(part, nn.Embedding):
+            arrays[0] = arrays[0].transpose(*range(2, arrays[0].ndim), 1, 0)
         layer.set_weights(arrays)
 
 
 def _as_torch(layer):
     """The weights of a Keras layer as torch has them: (in, out) becomes (out, in)."""
     arrays = layer.get_weights()
-    if arrays and arrays[0].ndim > 1:
+    if arrays and arrays[0].ndim > 1 and not isinstance(layer, keras.layers.Embedding):
         arrays[0] = arrays[0].transpose(-1 % arrays[0].ndim, -2 % arrays[0].ndim, *range(arrays[0].ndim - 2))
     return arrays
 
@@ -155,3 +161,14 @@ def labels(seed=0, samples=SAMPLES):
 
 def weights(samples=SAMPLES):
     return np.linspace(0.0, 2.0, samples, dtype="float32")
+
+
+def batches(*arrays, size=BATCH):
+    """The arrays cut into batches `(x, y[, weight])`."""
+    return [tuple(array[start : start + size] for array in arrays) for start in range(0, len(arrays[0]), size)]
+
+
+def endless(*arrays):
+    """A generator of these batches, pass after pass."""
+    while True:
+        yield from batches(*arrays)

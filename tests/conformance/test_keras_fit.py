@@ -1,4 +1,4 @@
-"""`fit` against `keras.Model.fit`: same weights, data and optimizer, so the same history and the same weights after it."""
+"""`fit` against `keras.Model.fit`: the same weights, data and optimizer give the same history and weights."""
 
 import copy
 
@@ -9,11 +9,14 @@ import torch
 from keras_twins import (
     BATCH,
     CLOSE,
+    MARKS,
     OPTIMIZERS,
     SAMPLES,
     STEPS,
     assert_same_history,
+    batches,
     classes,
+    endless,
     labels,
     mlp,
     regression,
@@ -25,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import kerastorch as kt
 
-pytestmark = pytest.mark.conformance
+pytestmark = MARKS
 
 
 # Problems.
@@ -66,9 +69,41 @@ def test_optimizers_of_one_name_take_the_same_steps(optimizer):
 def test_convolutions_have_keras_history():
     x, y = np.random.default_rng(0).normal(size=(40, 1, 6, 6)).astype("float32"), np.arange(40) % 3
     layers = nn.Conv2d(1, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
-    twins(*layers, inputs=(1, 6, 6)).compile(
-        "sparse_categorical_crossentropy", metrics=["accuracy"]
-    ).assert_same_fit(x, y, epochs=2)
+    pair = twins(*layers, inputs=(1, 6, 6)).compile("sparse_categorical_crossentropy", metrics=["accuracy"])
+    pair.assert_same_fit(x, y, epochs=2)
+
+
+def _tokens():
+    """Sequences of 5 tokens out of 7, each token of one of 3 classes."""
+    tokens = np.random.default_rng(0).integers(0, 7, (SAMPLES, 5))
+    return tokens, tokens % 3
+
+
+def _tagger():
+    torch.manual_seed(0)
+    pair = twins(nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 3), inputs=(5,))
+    return pair.compile("sparse_categorical_crossentropy", metrics=["accuracy"])
+
+
+def test_classes_of_tokens_with_classes_last_have_keras_history():
+    _tagger().assert_same_fit(*_tokens(), epochs=3, validation_split=0.2)
+
+
+def test_a_weight_for_each_token_or_for_each_sample_weighs_tokens_as_in_keras():
+    each = np.random.default_rng(1).uniform(size=(SAMPLES, 5)).astype("float32")
+    _tagger().assert_same_fit(*_tokens(), sample_weight=each, epochs=2)
+    _tagger().assert_same_fit(*_tokens(), sample_weight=weights()[:, None], epochs=2)
+
+
+@pytest.mark.parametrize("kind", ["float64", "float16", "int64", "bool"])
+def test_targets_of_any_dtype_have_keras_history(kind):
+    x, y = regression()
+    mlp().compile("mse").assert_same_fit(x, y.astype(kind), epochs=2)
+
+
+def test_inputs_in_float64_are_trained_in_float32_as_in_keras():
+    x, y = regression()
+    mlp().compile("mse").assert_same_fit(x.astype("float64"), y, epochs=2)
 
 
 # Modes.
@@ -141,16 +176,14 @@ def test_a_class_that_class_weight_does_not_name_counts_once():
     mlp(3).compile("sparse_categorical_crossentropy").assert_same_fit(*classes(), class_weight={1: 3.0}, epochs=2)
 
 
+@pytest.mark.xfail(strict=True, reason="only int is taken for a whole number, not numpy's")
+def test_class_weight_may_have_numpy_integers_for_keys():
+    x, y = classes()
+    class_weight = dict(zip(np.unique(y), [1.0, 3.0, 0.5], strict=True))  # as after sklearn's compute_class_weight
+    mlp(3).compile("sparse_categorical_crossentropy").assert_same_fit(x, y, class_weight=class_weight, epochs=2)
+
+
 # Forms of data, all the same samples: Keras gets arrays where it cannot take the form.
-
-
-def _batches(*arrays, size=BATCH):
-    return [tuple(array[start : start + size] for array in arrays) for start in range(0, len(arrays[0]), size)]
-
-
-def _endless(*arrays):
-    while True:
-        yield from _batches(*arrays)
 
 
 def _tensors(*arrays):
@@ -177,9 +210,9 @@ FORMS = {
     "Dataset": lambda *arrays: ((Rows(*arrays),), {"batch_size": BATCH}),
     "DataLoader": lambda *arrays: ((DataLoader(_tensors(*arrays), BATCH),), {}),
     "DataLoader of rows": lambda *arrays: ((DataLoader(Rows(*arrays), BATCH),), {}),
-    "list of batches": lambda *arrays: ((_batches(*arrays),), {}),
-    "callable": lambda *arrays: ((lambda: iter(_batches(*arrays)),), {}),
-    "generator": lambda *arrays: ((_endless(*arrays),), {"steps_per_epoch": STEPS}),
+    "list of batches": lambda *arrays: ((batches(*arrays),), {}),
+    "callable": lambda *arrays: ((lambda: iter(batches(*arrays)),), {}),
+    "generator": lambda *arrays: ((endless(*arrays),), {"steps_per_epoch": STEPS}),
 }
 
 
@@ -216,6 +249,11 @@ def test_the_batch_size_of_fit_is_not_that_of_a_validation_loader():
     mlp().compile("mse").assert_same_fit(*regression(), validation_data=loader, epochs=2)
 
 
+@pytest.mark.xfail(strict=True, reason="a list of two arrays is two inputs, where Keras takes it for (x, y)")
+def test_validation_data_may_be_a_list_of_x_and_y():
+    mlp().compile("mse").assert_same_fit(*regression(), validation_data=list(regression(1)), epochs=2)
+
+
 @pytest.mark.parametrize("form", ["DataLoader", "generator"])
 def test_keras_takes_the_same_object(form):
     pair = mlp().compile("mse", metrics=["mae"])
@@ -242,24 +280,13 @@ def test_a_generator_goes_on_where_the_last_epoch_stopped():
     pair = mlp().compile("mse")
     options = {"epochs": 4, "steps_per_epoch": 3, "verbose": 0}
     fits = pair.keras.fit, pair.torch.fit
-    assert_same_history(*(fit(_endless(*regression()), **options) for fit in fits))
+    assert_same_history(*(fit(endless(*regression()), **options) for fit in fits))
     pair.assert_same_weights()
 
 
 def test_steps_per_epoch_that_divide_a_pass_are_keras_epochs():
     x, y = regression(samples=4 * BATCH)
     mlp().compile("mse").assert_same_fit(x, y, epochs=4, steps_per_epoch=2)
-
-
-def test_steps_per_epoch_across_two_passes_go_on_where_keras_cuts_the_epoch():
-    x, y = regression()
-    pair = mlp().compile("mse")
-    with pytest.warns(UserWarning, match="ran out of data"):
-        theirs, ours = pair.fit(x, y, epochs=3, steps_per_epoch=3)  # Keras takes 3 + 2 + 3 of the 5 steps of a pass
-    assert theirs.history["loss"] != pytest.approx(ours.history["loss"], **CLOSE)
-    pair = mlp().compile("mse")
-    theirs = pair.keras.fit(_endless(x, y), epochs=3, steps_per_epoch=3, verbose=0)
-    assert_same_history(theirs, ours)
 
 
 def test_epochs_are_counted_from_initial_epoch():
@@ -343,23 +370,16 @@ def test_validation_freq_with_initial_epoch():
     pair.assert_same_fit(*regression(), validation_split=0.3, validation_freq=2, initial_epoch=1, epochs=4)
 
 
+@pytest.mark.xfail(strict=True, reason="only int is taken for a whole number, not numpy's")
+def test_validation_freq_and_steps_may_be_numpy_integers():
+    options = {"validation_freq": list(np.arange(1, 3)), "steps_per_epoch": np.int64(2), "epochs": 2}
+    mlp().compile("mse").assert_same_fit(*regression(), validation_split=0.2, **options)
+
+
 @pytest.mark.parametrize("steps", [1, 2, STEPS])
 def test_validation_steps_start_each_validation_anew(steps):
     pair = mlp().compile("mse")
     pair.assert_same_fit(*regression(), validation_data=regression(1), validation_steps=steps, epochs=3)
-
-
-def test_a_validation_generator_goes_on_where_keras_repeats_the_batches_it_peeked_at():
-    (x, y), rates = regression(1), {"lr": 1e-12}  # weights stand still: only the choice of batches counts
-    pair = mlp().compile("mse", **rates)
-    options = {"validation_steps": 2, "epochs": 2, "shuffle": False, "verbose": 0}
-    theirs, ours = (
-        fit(*regression(), validation_data=_endless(x, y), **options).history["val_loss"]
-        for fit in (pair.keras.fit, pair.torch.fit)
-    )
-    first, second = (slice(start, start + 2 * BATCH) for start in (0, 2 * BATCH))
-    assert theirs == pytest.approx([pair.keras.evaluate(x[first], y[first], verbose=0)] * 2, **CLOSE)
-    assert ours == pytest.approx([pair.keras.evaluate(x[rows], y[rows], verbose=0) for rows in (first, second)], **CLOSE)
 
 
 @pytest.mark.parametrize("size", [None, 7, 100])

@@ -1,14 +1,14 @@
-"""`evaluate`, `predict` and the verbs on one batch; several inputs and outputs: values, order and structure as in Keras."""
+"""`evaluate`, `predict`, the verbs on one batch, several inputs and outputs: values, order and structure of Keras."""
 
 import keras
 import numpy as np
 import pytest
 import torch
-from keras_twins import BATCH, CLOSE, SAMPLES, Twins, classes, copy_weights, labels, mlp, regression, weights
+from keras_twins import BATCH, CLOSE, MARKS, SAMPLES, Twins, classes, copy_weights, labels, mlp, regression, weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-pytestmark = pytest.mark.conformance
+pytestmark = MARKS
 
 
 def _both(pair, verb, *arguments, **options):
@@ -38,7 +38,7 @@ def test_evaluate_returns_a_float_a_list_or_a_dict_as_keras_does(metrics, return
     _assert_same(*_both(pair, "evaluate", *regression(), verbose=0, return_dict=return_dict))
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 7}, {"batch_size": 7, "steps": 3}, {"steps": 1}])
+@pytest.mark.parametrize("options", [{}, {"batch_size": 7}, {"batch_size": 7, "steps": 3}])
 def test_evaluate_has_the_values_of_keras_whatever_the_batches(options):
     pair = mlp().compile("mse", metrics=["mae"])
     _assert_same(*_both(pair, "evaluate", *regression(), verbose=0, **options))
@@ -125,13 +125,6 @@ def test_predict_needs_no_compile_and_leaves_the_module_in_its_mode():
     assert pair.torch.module.training
 
 
-def test_predict_returns_tensors_for_tensors_where_keras_returns_numpy():
-    x = torch.tensor(regression()[0])
-    theirs, ours = _both(mlp(), "predict", x, verbose=0)
-    assert isinstance(theirs, np.ndarray) and isinstance(ours, torch.Tensor) and not ours.requires_grad
-    np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5, atol=1e-5)
-
-
 def test_predict_leaves_the_targets_of_a_loader_aside():
     x, y = regression()
     pair = mlp()
@@ -186,7 +179,7 @@ def test_several_inputs_have_keras_values(form):
 
 
 class Heads(nn.Module):
-    """A regression "b_value" and a classification "a_class": in Keras's order, the alphabet's, the second comes first."""
+    """A regression and a classification; in the alphabet, Keras's order of metrics, the second comes first."""
 
     def __init__(self, form):
         super().__init__()

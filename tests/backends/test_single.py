@@ -1,0 +1,109 @@
+"""One device: names, what is not there, and the same numbers on CPU and GPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import kerastorch as kt
+from kerastorch import backends
+
+gpu = pytest.mark.gpu
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def test_auto_is_the_best_device_that_is_usable():
+    expected = next(name for name in ("cuda", "mps", "xpu", "cpu") if backends.is_usable(torch.device(name)))
+    assert backends.get("auto").device.type == expected
+
+
+def test_a_device_may_be_named_as_in_torch():
+    for name in ("cpu", torch.device("cpu")):
+        assert kt.Model(nn.Linear(1, 1), backend=name).backend.device == torch.device("cpu")
+    chosen = backends.Single("cpu")
+    assert kt.Model(nn.Linear(1, 1), backend=chosen).backend is chosen
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "mps"])
+def test_a_device_that_is_not_there_is_refused(name):
+    if name != "cuda:99" and backends.get("auto").device.type != "cpu":
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match='Give backend="cpu"'):
+        kt.Model(nn.Linear(1, 1), backend=name)
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="backend='tpux' is not known"):
+        kt.Model(nn.Linear(1, 1), backend="tpux")
+
+
+def test_several_processes_are_refused_until_there_is_a_backend_for_them(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(NotImplementedError, match="torchrun"):
+        kt.Model(nn.Linear(1, 1))
+    kt.Model(nn.Linear(1, 1), backend="cpu")
+
+
+def test_on_the_cpu_batches_are_handed_on_untouched():
+    batches = [(torch.rand(2), None, None)]
+    assert next(backends.Single("cpu").feed(batches)) is batches[0]
+
+
+@pytest.fixture
+def problem(digits):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+    return net, digits
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize("held", [True, False], ids=["data on the device", "data copied ahead"])
+def test_cuda_gives_the_numbers_of_the_cpu(problem, held, monkeypatch):
+    net, (x, y) = problem
+    monkeypatch.setattr(backends.single, "HELD_SHARE", 0.25 if held else 0.0)
+    histories, predictions = [], []
+    for backend in ("cpu", "cuda"):
+        model = kt.Model(copy.deepcopy(net), backend=backend).compile("adam", "cross_entropy", metrics=["accuracy"])
+        histories.append(model.fit(x, y, epochs=3, validation_split=0.2, verbose=0).history)
+        predictions.append(model.predict(x, verbose=0))
+    for name, values in histories[0].items():
+        assert histories[1][name] == pytest.approx(values, abs=1e-3)
+    assert predictions[1].device.type == "cpu" and torch.allclose(*predictions, atol=1e-2)
+
+
+@gpu
+@needs_cuda
+def test_a_step_on_cuda_never_waits_for_the_device(problem):
+    net, (x, y) = problem
+
+    class Strict(kt.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.steps = 0
+
+        def on_train_batch_begin(self, batch, logs=None):
+            torch.cuda.set_sync_debug_mode("error" if batch > 0 else "default")
+
+        def on_exception(self, error):
+            torch.cuda.set_sync_debug_mode("default")
+
+    class Last(kt.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            torch.cuda.set_sync_debug_mode("default")
+
+    model = kt.Model(net, backend="cuda").compile("adam", "cross_entropy", metrics=["accuracy"])
+    model.fit(x, y, epochs=2, callbacks=[Strict(), Last()], verbose=0)
+
+
+@gpu
+@needs_cuda
+def test_predict_keeps_no_batch_on_the_device(problem):
+    net, (x, _) = problem
+    model = kt.Model(net, backend="cuda")
+    model.predict(x, verbose=0)
+    before = torch.cuda.memory_allocated()
+    outputs = model.predict(x, verbose=0)
+    assert torch.cuda.memory_allocated() <= before and outputs.device.type == "cpu"

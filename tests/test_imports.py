@@ -1,0 +1,83 @@
+"""Who may import whom: downwards only, so that each file can be read knowing only those below it.
+
+    __init__ > model > loop > step > tracker > metrics > losses        loop > history
+                     > data > tensors, seeding, structures             callbacks.* > callbacks.base
+                     > backends > structures
+                     > checks, optimizers, summary > tracing
+
+Backends know torch and nesting, never models, loops, data or callbacks. Nothing imports `model` but the package itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kerastorch
+
+PACKAGE = Path(kerastorch.__file__).parent
+BELOW = {
+    "__init__": {"backends", "callbacks", "history", "model", "seeding"},
+    "model": {
+        "backends", "callbacks.base", "callbacks.progress", "checks", "data", "history", "loop", "losses", "metrics",
+        "optimizers", "step", "structures", "summary", "tensors", "tracker",
+    },
+    "loop": {"history", "step", "structures"},
+    "step": {"tracker", "structures"},
+    "tracker": {"history", "losses", "metrics", "structures"},
+    "metrics": {"losses", "structures"},
+    "data": {"seeding", "structures", "tensors"},
+    "tensors": {"structures"},
+    "checks": {"callbacks.base", "structures"},
+    "summary": {"tracing"},
+    "backends.__init__": {"backends.single"},
+    "backends.single": {"structures"},
+    "callbacks.__init__": {"callbacks.base", "callbacks.progress"},
+    "callbacks.progress": {"callbacks.base"},
+}  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+REQUIRED = {"torch", "numpy", "tqdm", "tabulate", "colorama", "torchmetrics", "safetensors", "psutil"}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports, by their dotted names within it."""
+    folder = list(path.relative_to(PACKAGE).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = folder[: len(folder) - node.level + 1] + (node.module.split(".") if node.module else [])
+            found |= {".".join(base)} if node.module else {".".join([*base, alias.name]) for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_import_only_what_is_below_them(path):
+    assert imports_of(path) <= BELOW.get(name_of(path), set())
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_torch_and_numpy_are_imported_outside_of_functions(path):
+    outside = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    roots = {alias.name for node in outside if isinstance(node, ast.Import) for alias in node.names}
+    roots |= {node.module for node in outside if isinstance(node, ast.ImportFrom) and not node.level}
+    third_party = {root.partition(".")[0] for root in roots} - set(sys.stdlib_module_names)
+    assert third_party <= {"torch", "numpy"}
+
+
+def test_importing_brings_in_nothing_heavy_and_leaves_cuda_alone():
+    program = (
+        "import sys, torch; before = set(sys.modules); import kerastorch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        f"assert not new & {(REQUIRED - {'torch', 'numpy'}) | {'matplotlib', 'pandas', 'sklearn', 'IPython'}!r}, new\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
