@@ -98,7 +98,8 @@ def refuse_unknown_monitors(callbacks: list[Any], known: list[str]) -> None:
         hint = f"Did you mean {close[0]!r}?" if close else "Give one of these, or add the metric to compile."
         without = " (val_ names need validation_data)" if not any(name.startswith("val_") for name in known) else ""
         raise ValueError(
-            f"{type(callback).__name__} monitors {monitor!r}, but the logs will have {', '.join(known)}{without}. {hint}"
+            f"{type(callback).__name__} monitors {monitor!r}, but the logs will have {', '.join(known)}{without}. "
+            f"{hint}"
         )
 
 

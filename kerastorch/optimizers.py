@@ -104,7 +104,8 @@ def _fastest(kind: type, module: nn.Module, given: dict[str, Any]) -> dict[str, 
     has_sparse = any(getattr(part, "sparse", False) for part in module.modules())
     devices = {parameter.device.type for parameter in module.parameters()}
     can_fuse = devices <= {"cpu", "cuda", "mps", "xpu"} and all(map(torch.is_floating_point, module.parameters()))
-    if "fused" in options and can_fuse and not has_sparse:
+    # Fused, SGD would dampen the first momentum of a parameter that is unfrozen later; torch dampens no first one.
+    if "fused" in options and can_fuse and not has_sparse and not given.get("dampening"):
         return {"fused": True}
     return {"foreach": True} if "foreach" in options and not has_sparse else {}
 
@@ -144,13 +145,19 @@ class _Lists:
         return gradients
 
 
-def _lean(parent: type, state_names: Callable[[dict], tuple[str, ...]], update: Callable[..., None]) -> type:
+def _lean(
+    parent: type,
+    state_names: Callable[[dict], tuple[str, ...]],
+    update: Callable[..., None],
+    prepare: Callable[[Any], None] = lambda optimizer: None,
+) -> type:
     """A subclass of a torch optimizer that calls its fused kernel at once wherever the lists of the last step hold.
 
     Args:
         parent: Class of `torch.optim` that has `fused=True`.
         state_names: Parameter group -> names of the states its kernel takes.
         update: `(lists, gradients, group)` -> one call of the kernel.
+        prepare: Called with the optimizer before torch's own step. Default: does nothing.
     """
     full_step = inspect.unwrap(parent.step)
 
@@ -163,18 +170,20 @@ def _lean(parent: type, state_names: Callable[[dict], tuple[str, ...]], update: 
             # `found_inf` is left here by a gradient scaler, for torch's own step to heed.
             lists = None if closure is not None or hasattr(self, "found_inf") else self._lists
             if lists is None or len(lists) != len(self.param_groups) or len(self.state) != self._states:
-                return self._remember(full_step(self, closure))
+                return self._full_step(closure)
             found = []
             for group, group_lists in zip(self.param_groups, lists, strict=True):
                 gradients = group_lists.gradients(self.state, state_names(group))
                 if gradients is None:
-                    return self._remember(full_step(self))
+                    return self._full_step()
                 found.append(gradients)
             for group, group_lists, gradients in zip(self.param_groups, lists, found, strict=True):
                 if gradients:
                     update(group_lists, gradients, group)
 
-        def _remember(self, loss: Any) -> Any:
+        def _full_step(self, closure: Callable | None = None) -> Any:
+            prepare(self)
+            loss = full_step(self, closure)
             groups = self.param_groups
             is_fused = all(group["fused"] and _is_uniform(group) for group in groups)
             self._lists = [_Lists(group, self.state, state_names(group)) for group in groups] if is_fused else None
@@ -222,6 +231,19 @@ def _sgd_states(group: dict[str, Any]) -> tuple[str, ...]:
     return ("momentum_buffer",) if group["momentum"] else ()
 
 
+def _start_late_momenta(optimizer: torch.optim.SGD) -> None:
+    """Zeros as the momentum of a parameter that gets its first gradient later than others of its group.
+
+    torch's fused step takes momenta of all parameters or of none, and raises otherwise.
+    """
+    for group in optimizer.param_groups:
+        if group["fused"] and group["momentum"]:
+            states = [(p, optimizer.state[p]) for p in group["params"] if p.grad is not None]
+            late = [(p, state) for p, state in states if state.get("momentum_buffer") is None]
+            for parameter, state in late if len(late) < len(states) else ():
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def _sgd_update(lists: _Lists, gradients: list[Tensor], group: dict[str, Any]) -> None:
     torch._fused_sgd_(
         lists.parameters,
@@ -239,6 +261,6 @@ def _sgd_update(lists: _Lists, gradients: list[Tensor], group: dict[str, Any]) -
 
 Adam = _lean(torch.optim.Adam, _adam_states, _adam_update)
 AdamW = _lean(torch.optim.AdamW, _adam_states, _adam_update)
-SGD = _lean(torch.optim.SGD, _sgd_states, _sgd_update)
+SGD = _lean(torch.optim.SGD, _sgd_states, _sgd_update, _start_late_momenta)
 
 LEAN = {torch.optim.Adam: Adam, torch.optim.AdamW: AdamW, torch.optim.SGD: SGD}

@@ -52,9 +52,10 @@ class Tracker:
     def keys(self) -> list[str]:
         """Names that the results will have."""
         parts = [f"{name}_loss" for name in self.loss.parts] if self._has_parts else []
-        # A torchmetrics.MetricCollection has names of its own.
-        collected = [key for _, one in self.stateful if hasattr(one.metric, "keys") for key in one.metric.keys()]
-        return ["loss", *parts, *self.names, *collected]
+        keys = ["loss", *parts, *self.names]
+        for _, one in self.stateful:
+            keys += list(one.metric.keys()) if hasattr(one.metric, "keys") else []  # a MetricCollection has its own
+        return keys
 
     def expect(self) -> None:
         """Measures the next batch at once, so that a metric that does not fit the data fails before any training."""
@@ -190,10 +191,6 @@ def _joined(pending: list[tuple]) -> list[tuple]:
 
 def _at(tree: Any, key: Any) -> Any:
     return tree if key is None else tree[key]
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def copies(metrics: list[tuple[Any, Mean | Stateful]]) -> list[tuple[Any, Mean | Stateful]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -50,6 +51,39 @@ def test_several_processes_are_refused_until_there_is_a_backend_for_them(monkeyp
 def test_on_the_cpu_batches_are_handed_on_untouched():
     batches = [(torch.rand(2), None, None)]
     assert next(backends.Single("cpu").feed(batches)) is batches[0]
+
+
+def test_the_next_batch_is_copied_before_this_one_is_handed_out(monkeypatch):
+    """The order of copies, waits and steps, with streams that only write down what they are asked for."""
+    events = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def record_event(self):
+            return f"copy of batch {len([event for event in events if event.startswith('read')]) - 1}"
+
+        def wait_event(self, event):
+            events.append(f"{self.name} waits for {event}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+
+    def batches():
+        for index in range(3):
+            events.append(f"read {index}")
+            yield torch.tensor([index]), None, None
+
+    for x, _, _ in backends.Single("cpu")._copied_ahead(batches()):
+        events.append(f"step on {int(x)}")
+    assert events == [
+        *("read 0", "read 1", "main waits for copy of batch 0", "step on 0"),
+        *("read 2", "main waits for copy of batch 1", "step on 1"),
+        *("main waits for copy of batch 2", "step on 2"),
+    ]
 
 
 @pytest.fixture
