@@ -1,11 +1,11 @@
 """What a training step costs around its arithmetic: kerastorch, two hand-written loops and the libraries nearest to it.
 
 Measured is the time of a training step of three small models on one CPU thread. All contenders train the same module
-from the same weights on the same tensors, with Adam, batches of 32 in a new order each epoch, and keep the mean loss and
-accuracy of the training data for each epoch. Each is built once, as its own documentation shows, with progress bar,
-logger and checkpoints off; a first epoch (imports, warm-up) is not counted. Then all train a few epochs in turn, round
-after round, each round begun by another, so that a busy machine is busy for everybody. A call of `fit` is timed as a
-whole; what it does before its first step takes 4 ms at most (Lightning), below 1% of a round with the defaults.
+from the same weights on the same tensors, with Adam, batches of 32 in a new order each epoch, and keep the mean loss
+and accuracy of each epoch. Each is built once, as its own documentation shows, with progress bar, logger and
+checkpoints off; a first epoch (imports, warm-up) is not counted. Then all train a few epochs in turn, round after
+round, each round begun by another, so that a busy machine is busy for everybody. A call of `fit` is timed as a whole;
+what it does before its first step takes 4 ms at most (Lightning), below 1% of a round with the defaults.
 
 The two loops are the ends of what people write by hand:
 - best: batches gathered by `index_select` from one `randperm` an epoch, `Adam(fused=True)`, sums kept in tensors;
@@ -67,7 +67,7 @@ class Task:
         return training, self.validation and DataLoader(TensorDataset(*self.validation), batch_size=BATCH_SIZE)
 
 
-# The contenders: each builds everything once and returns a function that trains on; None where there is nothing to build.
+# The contenders: each builds everything once and returns a function that trains on.
 
 
 def kerastorch(task: Task) -> Train:

@@ -249,12 +249,14 @@ def _open_dataset(dataset: Any, reading: Reading, loader_over: Callable) -> Data
     samples = len(dataset)
     batch_size = reading.batch_size or DEFAULT_BATCH_SIZE
 
+    _refuse_empty(samples, dataset)
+    read = _reader(reading)
+
     def batches(number: int) -> Iterator[Batch]:
         order = epoch_order(samples, number).tolist() if reading.shuffle else range(samples)
         chunks = [list(order[start : start + batch_size]) for start in range(0, samples, batch_size)]
-        return map(_reader(reading), loader_over(dataset, chunks))
+        return map(read, loader_over(dataset, chunks))
 
-    _refuse_empty(samples, dataset)
     return Data(batches, steps=-(-samples // batch_size))
 
 
@@ -269,9 +271,10 @@ def _hugging_face_loader(dataset: Any, chunks: list[list[int]]) -> DataLoader:
 
 def _open_iterable_dataset(dataset: Any, reading: Reading) -> Data:
     batch_size = reading.batch_size or DEFAULT_BATCH_SIZE
+    read = _reader(reading)
 
     def batches(number: int) -> Iterator[Batch]:
-        return map(_reader(reading), DataLoader(dataset, batch_size=batch_size, generator=torch.Generator()))
+        return map(read, DataLoader(dataset, batch_size=batch_size, generator=torch.Generator()))
 
     return Data(batches, steps=-(-len(dataset) // batch_size) if hasattr(dataset, "__len__") else None)
 
@@ -282,7 +285,8 @@ def _open_loader(loader: DataLoader, reading: Reading) -> Data:
     _refuse_empty(steps, loader)
     if _is_plain(loader) and (seen := _tensors_of(loader.dataset)) is not None:
         return _see_through(loader, *seen, steps, reading)
-    return Data(lambda number: map(_reader(reading), loader), steps)
+    read = _reader(reading)
+    return Data(lambda number: map(read, loader), steps)
 
 
 def _see_through(
@@ -333,7 +337,8 @@ def _open_batches(iterable: Iterable, reading: Reading) -> Data:
     _refuse_empty(steps, iterable)
     # An iterator is its own `iter`: it goes on where it stopped, and once it is over there is no second pass.
     repeats = iter(iterable) is not iterable if not hasattr(iterable, "__next__") else False
-    return Data(lambda number: map(_reader(reading), iterable), steps, repeats=repeats)
+    read = _reader(reading)
+    return Data(lambda number: map(read, iterable), steps, repeats=repeats)
 
 
 def _open_callable(make: Callable[[], Any], reading: Reading) -> Data:
@@ -348,8 +353,16 @@ def _reader(reading: Reading) -> Callable[[Any], Batch]:
     dtype, targets = reading.dtype, reading.targets
     table = None if reading.class_weight is None else class_table(reading.class_weight)
 
+    is_first = True
+
     def read(raw: Any) -> Batch:
-        parts = to_tensors(unpack(raw, targets), dtype)
+        nonlocal is_first
+        raw = unpack(raw, targets)
+        if is_first:  # all of the data cannot be looked at, so one batch is
+            is_first = False
+            for name, leaf in _named_parts(*raw):
+                warn_of_nan(name, leaf)
+        parts = to_tensors(raw, dtype)
         return parts if table is None else weighted(parts, table, dtype)
 
     return read

@@ -28,7 +28,7 @@ from .losses import own_loss
 from .step import Recipe, closure_step, forward, train_step
 from .structures import join, leaves, map_structure
 from .summary import Summary, summarize
-from .tensors import is_arrays, to_tensor
+from .tensors import is_arrays, is_numbers, to_tensor
 from .tracker import Tracker, copies
 
 
@@ -447,11 +447,15 @@ class Model:
             return loop.evaluate(evaluation, self._batches(islice(validation.batches(0), steps)))
 
     def _inputs(self, data: Any) -> Any:
-        """`data` without the targets that a tuple of arrays may carry."""
-        if not isinstance(data, tuple) or not is_arrays(data):
+        """`data` for `predict`, where arrays in a tuple or list are several inputs if the module takes as many.
+
+        Else a tuple is `(x, y[, weight])`, and a list is one of batches.
+        """
+        if not isinstance(data, (tuple, list)) or not is_arrays(data):
             return data
-        is_pair = 2 <= len(data) <= 3 and not _takes(self.module, len(data))
-        return (data[0] if is_pair else data, None)
+        if is_numbers(data) or _takes(self.module, len(data)):
+            return data, None
+        return iter(data) if isinstance(data, list) else (data[0], None)
 
     def _expect(self, *targets: Any) -> None:
         """Has loss and metrics checked on the next batch, and the loss on all the targets that are in memory."""

@@ -124,7 +124,7 @@ def is_arrays(data: Any) -> bool:
         return bool(data) and all(is_arrays(value) for value in data)
     if isinstance(data, list):
         # A list of tuples or dicts is a list of batches; a list of arrays is several inputs, as in Keras.
-        return not data or _is_numbers(data) or all(is_array(value) for value in data)
+        return not data or is_numbers(data) or all(is_array(value) for value in data)
     return is_array(data)
 
 
@@ -134,7 +134,7 @@ def is_array(value: Any) -> bool:
     return hasattr(value, "__array__") and hasattr(value, "shape")
 
 
-def _is_numbers(value: Any) -> bool:
+def is_numbers(value: Any) -> bool:
     """Whether `value` is a list (of lists) of plain numbers, judged by its first items."""
     while isinstance(value, (list, tuple)) and value:
         value = value[0]
@@ -143,7 +143,7 @@ def _is_numbers(value: Any) -> bool:
 
 def grouped(tree: Any) -> Any:
     """Lists of numbers become one array, so that what is left of the structure is structure."""
-    if isinstance(tree, (list, tuple)) and tree and not hasattr(tree, "_fields") and _is_numbers(tree):
+    if isinstance(tree, (list, tuple)) and tree and not hasattr(tree, "_fields") and is_numbers(tree):
         return np.asarray(tree)
     if isinstance(tree, Mapping):
         return {key: grouped(value) for key, value in tree.items()}
@@ -154,6 +154,8 @@ def grouped(tree: Any) -> Any:
 
 def warn_of_nan(name: str, leaf: Any) -> None:
     """Warns where an array has NaN, and in which columns."""
+    if isinstance(leaf, (str, bytes)):
+        return
     values = array_of(leaf)
     if isinstance(values, np.memmap):  # reading all of it could take longer than the training
         return

@@ -276,6 +276,17 @@ def test_several_inputs_and_outputs_keep_their_structure():
         assert isinstance(outputs["pair"], tuple) and np.array_equal(outputs["pair"][1], b[:, :1])
 
 
+def test_a_list_of_arrays_is_several_inputs_or_else_batches():
+    class Sum(nn.Module):
+        def forward(self, a, b):
+            return a + b
+
+    x = torch.rand(6, 2)
+    assert torch.equal(kt.Model(Sum()).predict([x, x], verbose=0), 2 * x)
+    assert torch.equal(kt.Model(nn.Identity()).predict([x[:4], x[4:]], verbose=0), x)
+    assert np.array_equal(kt.Model(nn.Identity()).predict([[1.0, 2.0], [3.0, 4.0]], verbose=0), [[1, 2], [3, 4]])
+
+
 def test_predict_leaves_the_targets_of_every_form_aside(digits, classifier):
     x, y = digits
     model = kt.Model(classifier)
@@ -484,6 +495,9 @@ def test_missing_values_are_named_once_by_column(regressor):
         model.evaluate(x, np.ones((6, 1)), verbose=0)
     with pytest.warns(UserWarning, match="x has 3 NaN in columns 'c4', 'c7'"):
         model.evaluate(frame, np.ones((6, 1)), verbose=0)
+    with pytest.warns(UserWarning, match="x has 3 NaN in columns 4, 7") as caught:
+        model.fit(DataLoader(Rows(torch.tensor(x), torch.ones(6, 1)), 6), epochs=2, verbose=0)
+    assert len(caught) == 1
     with pytest.warns(UserWarning, match="y has 1 NaN"):
         model.evaluate(np.ones((2, 10)), np.array([[1.0], [np.nan]]), verbose=0)
 

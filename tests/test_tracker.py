@@ -14,6 +14,7 @@ from kerastorch import tracker
 from kerastorch.tracker import Tracker
 
 SAMPLES, BATCH = 30, 4  # seven whole batches and a half
+LOSSES = {"kind": "cross_entropy", "size": ("mse", 0.5)}
 
 
 class KeepLogs(kt.Callback):
@@ -156,7 +157,7 @@ def test_logs_of_several_outputs_keep_their_moment() -> None:
     y = {"kind": torch.arange(SAMPLES) % 3, "size": torch.randn(SAMPLES, 1)}
     kinds = F.cross_entropy(net(x)["kind"], y["kind"], reduction="none").detach()
     sizes = (net(x)["size"] - y["size"]).detach().square()[:, 0]
-    model = kt.Model(net, backend="cpu").compile(loss={"kind": "cross_entropy", "size": ("mse", 0.5)})
+    model = kt.Model(net, backend="cpu").compile(loss=LOSSES)
     model.evaluate(x, y, batch_size=BATCH, callbacks=[keeper], verbose=0)
     assert [logs["kind_loss"] for logs in keeper.kept] == means_so_far(kinds)
     assert [logs["size_loss"] for logs in keeper.kept] == means_so_far(sizes)
@@ -243,19 +244,13 @@ def test_nothing_of_the_graph_is_kept_after_a_step(case) -> None:
 
     class Watch(kt.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            alive.extend(o for o in gc.get_objects() if isinstance(o, Tensor) and o.grad_fn is not None)
+            alive.extend(o for o in gc.get_objects() if type(o) is Tensor and o.grad_fn is not None)
 
+    x, kinds = torch.randn(8, 5), torch.arange(8) % 3
     net, loss, y = {
-        "one output": lambda: (nn.Linear(5, 3), "cross_entropy", torch.arange(SAMPLES) % 3),
-        "several outputs": lambda: (
-            TwoHeads(),
-            {"kind": "cross_entropy", "size": "mse"},
-            {"kind": torch.arange(SAMPLES) % 3, "size": torch.randn(SAMPLES, 1)},
-        ),
-        "own loss": lambda: (OwnLoss(5, 3), None, torch.arange(SAMPLES) % 3),
+        "one output": lambda: (nn.Linear(5, 3), "cross_entropy", kinds),
+        "several outputs": lambda: (TwoHeads(), LOSSES, {"kind": kinds, "size": torch.randn(8, 1)}),
+        "own loss": lambda: (OwnLoss(5, 3), None, kinds),
     }[case]()
-    gc.collect()
-    kt.Model(net, backend="cpu").compile("sgd", loss).fit(
-        torch.randn(SAMPLES, 5), y, batch_size=BATCH, callbacks=[Watch()], verbose=0
-    )
+    kt.Model(net, backend="cpu").compile("sgd", loss).fit(x, y, batch_size=4, callbacks=[Watch()], verbose=0)
     assert not alive
