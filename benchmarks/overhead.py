@@ -335,6 +335,8 @@ def measure(name: str, options: argparse.Namespace) -> None:
         task.validation = task.x[-cut:], task.y[-cut:]
         task.x, task.y = task.x[:-cut], task.y[:-cut]
     trains = build(task, options.contenders)
+    if not trains:
+        return
 
     steps = options.epochs * len(task.loaders()[0])
     times, logs, order = {contender: [] for contender in trains}, {}, list(trains)
@@ -372,14 +374,14 @@ def build(task: Task, contenders: list[str]) -> dict[str, Train]:
 def table(times: dict[str, list[float]], logs: dict[str, Any]) -> str:
     """A line for each contender, the fastest first; ratios are ratios of medians."""
     medians = {contender: statistics.median(values) for contender, values in times.items()}
-    lines = []
+    headers, lines = ["contender", "us/step", "x best", "x usual", "min..max", *LOGS], []
     for contender in sorted(medians, key=medians.get):
         median, values = medians[contender], times[contender]
         ratios = [f"{median / medians[loop]:.2f}" if loop in medians else "-" for loop in ("best", "usual")]
-        ends = ["-" if value is None else f"{value:.3f}" for value in logs[contender]]
+        ends = [f"{value:.3f}" for value in logs[contender] if value is not None]
         lines.append([contender, f"{median:.0f}", *ratios, f"{min(values):.0f}..{max(values):.0f}", *ends])
-    headers = ["contender", "us/step", "x best", "x usual", "min..max", *LOGS]
-    return tabulate(lines, headers, "github", disable_numparse=True, colalign=("left", *["right"] * 7))
+    headers, align = headers[: len(lines[0])], ["left"] + ["right"] * (len(lines[0]) - 1)
+    return tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
 
 
 def imports(repeats: int = 5) -> None:

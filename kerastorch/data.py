@@ -70,7 +70,8 @@ class Reading:
 
     Attributes:
         dtype: What floating point values become: the module's dtype.
-        batch_size: Samples in a global batch; `None` = 32.
+        batch_size: Samples in a global batch, asked for: refused by data that brings its own batches.
+        fallback_batch_size: Samples in a global batch where nobody asked; `None` = 32.
         shuffle: Whether each pass has an order of its own (arrays and map-style datasets; others bring theirs).
         targets: Names that the target may have where samples are mappings; none = mappings have no target.
         class_weight: `{class index: weight}`, a factor on the weight of each sample; `None` = 1.
@@ -80,6 +81,7 @@ class Reading:
 
     dtype: torch.dtype = torch.float32
     batch_size: int | None = None
+    fallback_batch_size: int | None = None
     shuffle: bool = False
     targets: tuple[str, ...] = ()
     class_weight: Mapping[int, float] | None = None
@@ -193,7 +195,7 @@ def _open_arrays(x: Any, y: Any, sample_weight: Any, reading: Reading) -> Data:
 
 
 def _gathering(parts: Batch, samples: int, reading: Reading) -> Data:
-    batch_size = reading.batch_size or _default_batch_size(parts[0], samples, reading.evaluating)
+    batch_size = _batch_size(reading, parts[0], samples)
     parts, device = _held(parts, reading)
 
     def batches(number: int) -> Iterator[Batch]:
@@ -232,11 +234,12 @@ def _taker(tree: Any, taker_of: Callable) -> Callable[[Any], Any]:
     return lambda rows: map_structure(lambda tensor: taker_of(tensor)(rows), tree)
 
 
-def _default_batch_size(x: Any, samples: int, evaluating: bool) -> int:
-    if not evaluating:
-        return DEFAULT_BATCH_SIZE
+def _batch_size(reading: Reading, x: Any = None, samples: int = 1) -> int:
+    chosen = reading.batch_size or reading.fallback_batch_size
+    if chosen is not None or not reading.evaluating or x is None:
+        return chosen or DEFAULT_BATCH_SIZE
     values = sum(tensor.numel() for tensor in leaves(x)) // samples
-    return max(DEFAULT_BATCH_SIZE, EVALUATION_BATCH_VALUES // max(values, 1) // DEFAULT_BATCH_SIZE * DEFAULT_BATCH_SIZE)
+    return max(1, EVALUATION_BATCH_VALUES // max(values, 1) // DEFAULT_BATCH_SIZE) * DEFAULT_BATCH_SIZE
 
 
 # Datasets, loaders and iterables: torch's own DataLoader does the fetching.
@@ -247,7 +250,7 @@ def _open_dataset(dataset: Any, reading: Reading, loader_over: Callable) -> Data
         tensors, rows = seen
         return _open_arrays(*unpack([tensor if rows is None else tensor[rows] for tensor in tensors]), reading)
     samples = len(dataset)
-    batch_size = reading.batch_size or DEFAULT_BATCH_SIZE
+    batch_size = _batch_size(reading)
 
     _refuse_empty(samples, dataset)
     read = _reader(reading)
@@ -270,7 +273,7 @@ def _hugging_face_loader(dataset: Any, chunks: list[list[int]]) -> DataLoader:
 
 
 def _open_iterable_dataset(dataset: Any, reading: Reading) -> Data:
-    batch_size = reading.batch_size or DEFAULT_BATCH_SIZE
+    batch_size = _batch_size(reading)
     read = _reader(reading)
 
     def batches(number: int) -> Iterator[Batch]:

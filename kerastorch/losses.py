@@ -335,8 +335,9 @@ def _sum_of(losses: dict[str, Any], keys: dict[str, Any]) -> SumOfLosses:
 
 def _one(loss: Any) -> Loss:
     if isinstance(loss, str):
-        function, targets = FUNCTIONS[_known_name(loss)]
-        return Loss(function, loss, targets)
+        if (known := known_name(loss)) is None:
+            _refuse_name(loss)
+        return Loss(FUNCTIONS[known][0], loss, FUNCTIONS[known][1])
     if inspect.isclass(loss):
         raise TypeError(f"loss={loss.__name__} is a class, expected an instance. Give {loss.__name__}().")
     if isinstance(loss, nn.Module):
@@ -351,18 +352,22 @@ def _one(loss: Any) -> Loss:
     )
 
 
-def _known_name(loss: str) -> str:
-    name = loss.lower().replace("-", "_").replace(" ", "_")
+def known_name(name: str) -> str | None:
+    """The key in `FUNCTIONS` that a name means, in any spelling ("MSELoss", "mse_loss"); `None` if it means none."""
+    name = name.lower().replace("-", "_").replace(" ", "_")
+    undivided = {known.replace("_", ""): known for known in (*FUNCTIONS, *ALIASES)}
     for candidate in (name, name.removesuffix("loss").removesuffix("_")):
+        candidate = undivided.get(candidate, candidate)
         candidate = ALIASES.get(candidate, candidate)
         if candidate in FUNCTIONS:
             return candidate
-        undivided = {known.replace("_", ""): known for known in (*FUNCTIONS, *ALIASES)}  # "CrossEntropyLoss"
-        if candidate in undivided:
-            return ALIASES.get(undivided[candidate], undivided[candidate])
-    close = difflib.get_close_matches(name, [*FUNCTIONS, *ALIASES], n=3, cutoff=0.5)
+    return None
+
+
+def _refuse_name(name: str) -> None:
+    close = difflib.get_close_matches(name.lower(), [*FUNCTIONS, *ALIASES], n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known are {', '.join(FUNCTIONS)}."
-    raise ValueError(f"loss={loss!r} is not a loss. {hint}")
+    raise ValueError(f"loss={name!r} is not a loss. {hint}")
 
 
 # Shapes.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .losses import VALUES, Loss, SumOfLosses, has_classes_last
+from .losses import FUNCTIONS, VALUES, Loss, SumOfLosses, has_classes_last, known_name
 from .structures import leaves
 
 Sums = tuple[Tensor, Any]  # sum of values on the device, and how many values: an int, or a tensor on the device
@@ -145,7 +145,7 @@ def _one(metric: Any, loss: Loss | None) -> Mean | Stateful:
 
 
 def _named(name: str, loss: Loss | None) -> Mean | Stateful:
-    key = name.lower().replace("-", "_")
+    key = _snake_case(name.replace("-", "_"))
     key = ALIASES.get(key, key)
     if top := re.fullmatch(
         r"top_?(\d+)(?:_(?:categorical_)?(?:accuracy|acc))?|(?:sparse_)?top_k_categorical_accuracy", key
@@ -158,6 +158,8 @@ def _named(name: str, loss: Loss | None) -> Mean | Stateful:
         return Mean(name, error, finish=finish)
     if key in SCORES:
         return Stateful(name, build=SCORES[key](loss))
+    if (loss_name := known_name(name)) is not None:
+        return Mean(name, _sums_of_loss(Loss(FUNCTIONS[loss_name][0], name, FUNCTIONS[loss_name][1])))
     known = ["accuracy", "top5_accuracy", *ERRORS, *SCORES, *ALIASES]
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known are {', '.join(known[:9])}."
@@ -166,6 +168,16 @@ def _named(name: str, loss: Loss | None) -> Mean | Stateful:
 
 def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def _sums_of_loss(loss: Loss) -> Callable[[Tensor, Tensor], Sums]:
+    """Any loss is a metric too, as in Keras."""
+
+    def sums(output: Tensor, target: Tensor) -> Sums:
+        count = loss.units(target[None])[0] if loss.masks(output, target) else len(output)
+        return loss(output, target) * count, count
+
+    return sums
 
 
 def _sums_of(function: Callable) -> Callable[[Any, Any], Sums]:

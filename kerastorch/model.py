@@ -28,7 +28,7 @@ from .losses import own_loss
 from .step import Recipe, closure_step, forward, train_step
 from .structures import join, leaves, map_structure
 from .summary import Summary, summarize
-from .tensors import is_arrays, is_numbers, to_tensor
+from .tensors import is_array, is_arrays, is_numbers, to_tensor
 from .tracker import Tracker, copies
 
 
@@ -160,29 +160,24 @@ class Model:
         checks.refuse_validation(validation_split, validation_freq)
         checks.refuse_initial_epoch(initial_epoch)
         checks.refuse_class_weight(class_weight)
-        callbacks = _as_list(callbacks)
-        user_hooks = hooks_of(callbacks)
-        epoch_numbers = range(initial_epoch, epochs)
+        callbacks, epoch_numbers = _as_list(callbacks), range(initial_epoch, epochs)
 
-        source, validation_source = (data, y, sample_weight), (validation_data, None, None)
+        source = data, y, sample_weight
+        held_out = _as_pair(validation_data), y if isinstance(y, str) else None, None
         if validation_split and validation_data is None:
-            source, validation_source = split_tail(*source, validation_split)
-        if isinstance(y, str):
-            validation_source = (validation_source[0], y, None)
+            source, held_out = split_tail(*source, validation_split)
         training_data = open_data(*source, self._reading(batch_size, shuffle=shuffle, class_weight=class_weight))
         validation = None
-        if validation_source[0] is not None:
-            reading = self._reading(
-                validation_batch_size or batch_size, may_enlarge=not _hears_batches(user_hooks, "test")
-            )
-            validation = open_data(*validation_source, reading)
+        if held_out[0] is not None:
+            may_enlarge = not _hears_batches(callbacks, "test")
+            reading = self._reading(validation_batch_size, fallback_batch_size=batch_size, may_enlarge=may_enlarge)
+            validation = open_data(*held_out, reading)
             checks.refuse_unlike(training_data.targets, validation.targets)
             checks.refuse_second_pass(validation.repeats, validation_steps, epoch_numbers, validation_freq)
 
         training_data = self._with_optimizer(training_data)
         params = {"verbose": verbose, "epochs": epochs, "steps": steps_per_epoch or training_data.steps}
-        known = self._training_tracker.keys()
-        checks.refuse_unknown_monitors(callbacks, known + [f"val_{name}" for name in known if validation])
+        checks.refuse_unknown_monitors(callbacks, self._training_tracker.keys(), validation is not None)
         hooks = self._hooks(callbacks, verbose, params)
         training = self._recipe(self._training_tracker, hooks)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
@@ -190,7 +185,7 @@ class Model:
         with _modes_kept(self.module), self._as_before_unless_trained(training), self._shown(self._training_tracker):
             self.history, self.stop_training = History(params), False
             self.epochs_trained = max(self.epochs_trained, initial_epoch)
-            return loop.fit(
+            history = loop.fit(
                 self,
                 training,
                 self._epochs(training_data, steps_per_epoch),
@@ -201,6 +196,8 @@ class Model:
                 is_validated=partial(checks.is_due, freq=validation_freq),
                 step=self._step(),
             )
+            self.history = history  # again: Keras's History puts itself there
+        return history
 
     def train_on_batch(
         self,
@@ -269,7 +266,7 @@ class Model:
         self._refuse_uncompiled("evaluate")
         checks.refuse_nonpositive(batch_size=batch_size, steps=steps)
         callbacks = _as_list(callbacks)
-        may_enlarge = steps is None and not _hears_batches(hooks_of(callbacks), "test")
+        may_enlarge = steps is None and not _hears_batches(callbacks, "test")
         opened = open_data(data, y, sample_weight, self._reading(batch_size, may_enlarge=may_enlarge))
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
         self._expect(opened.targets)
@@ -313,7 +310,7 @@ class Model:
         """
         checks.refuse_nonpositive(batch_size=batch_size, steps=steps)
         callbacks = _as_list(callbacks)
-        may_enlarge = steps is None and not _hears_batches(hooks_of(callbacks), "predict")
+        may_enlarge = steps is None and not _hears_batches(callbacks, "predict")
         wants_numpy = is_arrays(data) and not any(isinstance(leaf, Tensor) for leaf in leaves(data))
         opened = open_data(self._inputs(data), None, None, self._reading(batch_size, may_enlarge=may_enlarge))
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
@@ -550,7 +547,8 @@ def _targets_as_inputs(batch: tuple) -> tuple:
     return (*x, target) if isinstance(x, tuple) else (x, target), None, weight
 
 
-def _hears_batches(hooks: Any, stage: str) -> bool:
+def _hears_batches(callbacks: list[Any], stage: str) -> bool:
+    hooks = hooks_of(callbacks)
     return bool(getattr(hooks, f"on_{stage}_batch_begin") or getattr(hooks, f"on_{stage}_batch_end"))
 
 
@@ -558,6 +556,12 @@ def _as_list(callbacks: Any) -> list[Any]:
     if callbacks is None:
         return []
     return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+
+
+def _as_pair(validation_data: Any) -> Any:
+    """A list of arrays is `(x, y[, weight])` here, as in Keras: inputs alone could not be validated."""
+    is_pair = isinstance(validation_data, list) and 2 <= len(validation_data) <= 3
+    return tuple(validation_data) if is_pair and all(map(is_array, validation_data)) else validation_data
 
 
 def _samples_in(x: Any) -> int:

@@ -333,7 +333,6 @@ def test_keras_history_records_what_fit_returns():
     assert ours.epoch == histories[1].epoch
 
 
-@pytest.mark.xfail(strict=True, reason="keras.callbacks.History sets model.history to itself, and fit leaves it there")
 def test_keras_history_does_not_take_the_place_of_ours():
     pair = mlp().compile("mse")
     history = pair.torch.fit(*regression(), callbacks=[keras.callbacks.History()], verbose=0)

@@ -176,7 +176,6 @@ def test_a_class_that_class_weight_does_not_name_counts_once():
     mlp(3).compile("sparse_categorical_crossentropy").assert_same_fit(*classes(), class_weight={1: 3.0}, epochs=2)
 
 
-@pytest.mark.xfail(strict=True, reason="only int is taken for a whole number, not numpy's")
 def test_class_weight_may_have_numpy_integers_for_keys():
     x, y = classes()
     class_weight = dict(zip(np.unique(y), [1.0, 3.0, 0.5], strict=True))  # as after sklearn's compute_class_weight
@@ -243,13 +242,11 @@ def test_every_form_of_validation_data_has_the_values_of_keras_on_arrays(form, i
     assert_same_history(theirs, ours)
 
 
-@pytest.mark.xfail(strict=True, reason="fit's batch_size is handed on to a validation loader, which refuses it")
 def test_the_batch_size_of_fit_is_not_that_of_a_validation_loader():
     loader = DataLoader(_tensors(*regression(1)), 7)
     mlp().compile("mse").assert_same_fit(*regression(), validation_data=loader, epochs=2)
 
 
-@pytest.mark.xfail(strict=True, reason="a list of two arrays is two inputs, where Keras takes it for (x, y)")
 def test_validation_data_may_be_a_list_of_x_and_y():
     mlp().compile("mse").assert_same_fit(*regression(), validation_data=list(regression(1)), epochs=2)
 
@@ -370,7 +367,6 @@ def test_validation_freq_with_initial_epoch():
     pair.assert_same_fit(*regression(), validation_split=0.3, validation_freq=2, initial_epoch=1, epochs=4)
 
 
-@pytest.mark.xfail(strict=True, reason="only int is taken for a whole number, not numpy's")
 def test_validation_freq_and_steps_may_be_numpy_integers():
     options = {"validation_freq": list(np.arange(1, 3)), "steps_per_epoch": np.int64(2), "epochs": 2}
     mlp().compile("mse").assert_same_fit(*regression(), validation_split=0.2, **options)
