@@ -13,7 +13,7 @@ The two loops are the ends of what people write by hand:
 
 How to run:
     pip install -c constraints.txt -e .[conformance]
-    python benchmarks/overhead.py                              # all models, some three minutes
+    python benchmarks/overhead.py                              # all models, about four minutes
     python benchmarks/overhead.py --model mlp --validation     # each epoch ends with a validation
     python benchmarks/overhead.py --fused --contenders best,kerastorch,poutyne
     python benchmarks/overhead.py --imports                    # what `import` costs on top of torch

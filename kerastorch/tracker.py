@@ -54,7 +54,8 @@ class Tracker:
         parts = [f"{name}_loss" for name in self.loss.parts] if self._has_parts else []
         keys = ["loss", *parts, *self.names]
         for _, one in self.stateful:
-            keys += list(one.metric.keys()) if hasattr(one.metric, "keys") else []  # a MetricCollection has its own
+            names = one.metric.keys() if hasattr(one.metric, "keys") else ()  # a MetricCollection has its own
+            keys += [f"{one.prefix}{name}" for name in names]
         return keys
 
     def expect(self) -> None:

@@ -217,6 +217,15 @@ def test_batches_may_have_targets_of_different_widths(logits) -> None:
     assert loss == close((logits[:4].sum() * 2 + logits[4:].sum() * 5) / logits.numel())
 
 
+def test_module_may_return_one_number_for_a_batch(logits) -> None:
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean()
+
+    found = measured(logits, logits + 1, lambda o, t: (o - t.mean()).abs(), module=Mean(), batch_size=4)
+    assert found["loss"] == close(1.0)
+
+
 def test_integer_and_bool_targets_are_values_for_mse_and_bce(logits) -> None:
     bits = logits.flip(0) > 0
     for target in (bits, bits.int(), bits.long()):

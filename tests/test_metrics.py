@@ -406,6 +406,24 @@ def test_collections_of_several_outputs_do_not_overwrite_one_another(logits) -> 
         assert found[f"{name}_right"] == close(expected)
 
 
+def test_keys_of_collections_are_known_to_callbacks_that_monitor_them(logits) -> None:
+    targets = {"a": (logits[:, 2] > 0).float(), "b": (logits[:, 3] > 0).float()}
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleDict({name: nn.Linear(CLASSES, 1) for name in targets})
+
+        def forward(self, x):
+            return {name: head(x)[:, 0] for name, head in self.heads.items()}
+
+    losses = {"a": "bce_with_logits", "b": "bce_with_logits"}
+    model = kt.Model(Both(), backend="cpu").compile("sgd", losses, metrics={"b": [collection()]})
+    watcher = kt.Callback()
+    watcher.monitor = "b_right"
+    assert "b_right" in model.fit(logits, targets, callbacks=[watcher], verbose=0).history
+
+
 def test_metrics_that_fit_no_output_are_refused() -> None:
     model = kt.Model(Echo(), backend="cpu")
     with pytest.raises(ValueError, match="metrics name the output 'colour', but the losses name kind, size"):

@@ -132,6 +132,7 @@ def test_implementation_that_the_user_chose_is_kept() -> None:
     assert group["fused"] is False and not group["foreach"]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "sparseadam"])
 def test_sparse_gradients_get_an_implementation_that_takes_them(name) -> None:
     net, x, y = nn.Embedding(6, 2, sparse=True), torch.tensor([0, 3, 3]), torch.randn(3, 2)

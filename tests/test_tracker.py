@@ -140,6 +140,17 @@ def test_logs_keep_the_means_of_their_moment_even_if_read_later(pending, monkeyp
             assert logs["accuracy"] == means_so_far(right)[number]
 
 
+@pytest.mark.parametrize("pending", [1, 3, 64])
+def test_logs_of_a_loss_without_masks_keep_their_moment(pending, monkeypatch) -> None:
+    """It counts samples, of which the last batch has fewer, and the next epoch none yet."""
+    monkeypatch.setattr(tracker, "MAX_PENDING", pending)
+    net, keeper, x, y = nn.Linear(5, 1), KeepLogs(), torch.randn(SAMPLES, 5), torch.randn(SAMPLES, 1)
+    model = kt.Model(net, backend="cpu").compile("sgd", "mse", lr=0.0)
+    model.fit(x, y, batch_size=BATCH, shuffle=False, callbacks=[keeper], verbose=0)
+    model.evaluate(x, y, verbose=0)
+    assert [logs["loss"] for logs in keeper.kept] == means_so_far((net(x) - y).detach().square()[:, 0])
+
+
 def test_logs_read_now_and_then_do_not_change_those_in_between() -> None:
     class ReadSome(KeepLogs):
         def on_test_batch_end(self, batch, logs=None):
