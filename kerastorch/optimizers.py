@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.optim.optimizer as hooks
 from torch import Tensor, nn
 
 
@@ -127,21 +128,22 @@ class _Lists:
     def gradients(self, state: dict[Tensor, dict[str, Any]], names: tuple[str, ...]) -> list[Tensor] | None:
         """The gradients; `None` where the lists no longer hold.
 
-        That is so where another parameter has a gradient, a state was loaded, or the group's options, momentum say,
-        now ask for other states.
+        That is so where another parameter has a gradient, a state was loaded or dropped, or the group's options,
+        momentum say, now ask for other states.
         """
         if names != self.names:
             return None
         for parameter in self.idle:
             if parameter.grad is not None:
                 return None
+        for parameter, first in zip(self.parameters, self.states[0] if names else (), strict=False):
+            if state[parameter].get(names[0]) is not first:
+                return None
         gradients = []
         for parameter in self.parameters:
             if parameter.grad is None:
                 return None
             gradients.append(parameter.grad)
-        if gradients and self.names and state[self.parameters[0]].get(self.names[0]) is not self.states[0][0]:
-            return None
         return gradients
 
 
@@ -159,40 +161,59 @@ def _lean(
         update: `(lists, gradients, group)` -> one call of the kernel.
         prepare: Called with the optimizer before torch's own step. Default: does nothing.
     """
-    full_step = inspect.unwrap(parent.step)
+    torchs_step = inspect.unwrap(parent.step)
+
+    def full_step(optimizer: Any, closure: Callable | None = None) -> Any:
+        prepare(optimizer)
+        loss = torchs_step(optimizer, closure)
+        groups = optimizer.param_groups
+        is_fused = all(group["fused"] and _is_uniform(group) for group in groups)
+        optimizer._lists = (
+            [_Lists(group, optimizer.state, state_names(group)) for group in groups] if is_fused else None
+        )
+        return loss
+
+    # The wrapper that torch puts around every step calls its hooks and names it in profiles. It costs as much as the
+    # update of a small model, so it is there only where somebody watches.
+    watched_step = torch.optim.Optimizer.profile_hook_step(full_step)
 
     class Lean(parent):
         _lists: list[_Lists] | None = None
-        _states = 0  # parameters that had a state then: a user may drop some, to start those anew
 
-        @torch.no_grad()
         def step(self, closure: Callable | None = None) -> Any:
-            # `found_inf` is left here by a gradient scaler, for torch's own step to heed.
-            lists = None if closure is not None or hasattr(self, "found_inf") else self._lists
-            if lists is None or len(lists) != len(self.param_groups) or len(self.state) != self._states:
-                return self._full_step(closure)
-            found = []
-            for group, group_lists in zip(self.param_groups, lists, strict=True):
-                gradients = group_lists.gradients(self.state, state_names(group))
-                if gradients is None:
-                    return self._full_step()
-                found.append(gradients)
-            for group, group_lists, gradients in zip(self.param_groups, lists, found, strict=True):
-                if gradients:
-                    update(group_lists, gradients, group)
+            with torch.no_grad():
+                if _is_watched(self):
+                    return watched_step(self, closure)
+                # `found_inf` is left here by a gradient scaler, for torch's own step to heed.
+                lists = None if closure is not None or hasattr(self, "found_inf") else self._lists
+                if lists is None or len(lists) != len(self.param_groups):
+                    return full_step(self, closure)
+                found = []
+                for group, group_lists in zip(self.param_groups, lists, strict=True):
+                    gradients = group_lists.gradients(self.state, state_names(group))
+                    if gradients is None:
+                        return full_step(self)
+                    found.append(gradients)
+                for group, group_lists, gradients in zip(self.param_groups, lists, found, strict=True):
+                    if gradients:
+                        update(group_lists, gradients, group)
 
-        def _full_step(self, closure: Callable | None = None) -> Any:
-            prepare(self)
-            loss = full_step(self, closure)
-            groups = self.param_groups
-            is_fused = all(group["fused"] and _is_uniform(group) for group in groups)
-            self._lists = [_Lists(group, self.state, state_names(group)) for group in groups] if is_fused else None
-            self._states = len(self.state)
-            return loss
+        step.hooked = True  # tells torch that it need not wrap this step
 
     Lean.__name__ = Lean.__qualname__ = parent.__name__
     Lean.__doc__ = f"`torch.optim.{parent.__name__}`, its fused step without the search for its tensors."
     return Lean
+
+
+def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether anybody wants to hear of its steps: hooks of its own or of all optimizers, or a profiler."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or hooks._global_optimizer_pre_hooks
+        or hooks._global_optimizer_post_hooks
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def _is_uniform(group: dict[str, Any]) -> bool:
