@@ -340,7 +340,8 @@ def _open_batches(iterable: Iterable, reading: Reading) -> Data:
     _refuse_empty(steps, iterable)
     # An iterator is its own `iter`: it goes on where it stopped, and once it is over there is no second pass.
     repeats = iter(iterable) is not iterable if not hasattr(iterable, "__next__") else False
-    read = _reader(reading)
+    # A generator may fill the same arrays again for its next batch, while the targets of this one are still measured.
+    read = _reader(reading, keeps_targets=True)
     return Data(lambda number: map(read, iterable), steps, repeats=repeats)
 
 
@@ -351,7 +352,7 @@ def _open_callable(make: Callable[[], Any], reading: Reading) -> Data:
     return Data(batches)
 
 
-def _reader(reading: Reading) -> Callable[[Any], Batch]:
+def _reader(reading: Reading, keeps_targets: bool = False) -> Callable[[Any], Batch]:
     """The function that turns one raw batch of a loader or iterable into `(x, target, weight)` tensors."""
     dtype, targets = reading.dtype, reading.targets
     table = None if reading.class_weight is None else class_table(reading.class_weight)
@@ -365,7 +366,8 @@ def _reader(reading: Reading) -> Callable[[Any], Batch]:
             is_first = False
             for name, leaf in _named_parts(*raw):
                 warn_of_nan(name, leaf)
-        parts = to_tensors(raw, dtype)
+        x, y, weight = to_tensors(raw, dtype)
+        parts = x, map_structure(torch.clone, y) if keeps_targets else y, weight
         return parts if table is None else weighted(parts, table, dtype)
 
     return read

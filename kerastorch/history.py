@@ -9,6 +9,8 @@ from typing import Any
 class Logs(MutableMapping):
     """Names and values at one moment of a run, read from the device when somebody looks and not before.
 
+    Looked at later, means are still those of that moment; torchmetrics, which keep a state of their own, have moved on.
+
     Args:
         read: Returns the values; called at most once.
     """

@@ -128,6 +128,8 @@ VALUE_MODULES = (
 
 LOGIT_FUNCTIONS = (F.cross_entropy, F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss)
 LOGIT_MODULES = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
+# Losses of margins: no logits, but their sign decides too.
+MARGIN_FUNCTIONS = (_hinge, _squared_hinge, F.soft_margin_loss, F.multilabel_margin_loss)
 
 
 class Loss:
@@ -138,6 +140,7 @@ class Loss:
         targets: `CLASSES`, `VALUES`, or `None` where nothing is known of a user's own function.
         ignore_index: Class index whose targets do not count, or `None` where the loss knows no such thing.
         on_logits: Whether the output is expected to be logits, not probabilities.
+        threshold: Above which a single output says yes: 0 for logits and margins, else 0.5.
     """
 
     def __init__(self, function: Callable[..., Tensor], name: str, targets: str | None = None) -> None:
@@ -148,6 +151,8 @@ class Loss:
         elif isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)):
             self.ignore_index = function.ignore_index
         self.on_logits = function in LOGIT_FUNCTIONS or isinstance(function, LOGIT_MODULES)
+        is_known = targets is not None and not self.on_logits and function not in MARGIN_FUNCTIONS
+        self.threshold = 0.5 if is_known else 0.0
         self.is_unchecked, self._known_targets, self.has_warned = True, (), False
 
     def expect(self, *targets: Tensor | None) -> None:
@@ -182,6 +187,8 @@ class Loss:
         return self._mean(losses * weight, output, target)
 
     def _mean(self, losses: Tensor, output: Tensor, target: Tensor) -> Tensor:
+        if getattr(self.function, "reduction", None) == "sum":  # a module of the user's that asks for it
+            return losses.sum()
         units = self.units(target[None])[0] if self.masks(output, target) else losses.numel()
         return losses.sum() / units
 

@@ -150,7 +150,10 @@ def _named(name: str, loss: Loss | None) -> Mean | Stateful:
     if top := re.fullmatch(
         r"top_?(\d+)(?:_(?:categorical_)?(?:accuracy|acc))?|(?:sparse_)?top_k_categorical_accuracy", key
     ):
-        return Mean(name, Accuracy(loss, k=int(top.group(1) or 5)))
+        k = int(top.group(1)) if top.group(1) else 5  # Keras's
+        if k < 1:
+            raise ValueError(f"metric {name!r} asks for the best {k} classes. Give at least 1, e.g. 'top5_accuracy'.")
+        return Mean(name, Accuracy(loss, k=k))
     if key in ("accuracy", "binary_accuracy", "categorical_accuracy", "sparse_categorical_accuracy"):
         return Mean(name, Accuracy(loss, is_binary={"accuracy": None, "binary_accuracy": True}.get(key, False)))
     if key in ERRORS:
@@ -208,7 +211,7 @@ class Accuracy:
         self.k, self.is_binary = k, is_binary
         self.ignore_index = getattr(loss, "ignore_index", None)
         self.compares_values = loss is not None and loss.targets is VALUES
-        self.threshold = 0.5 if self.compares_values and not loss.on_logits else 0.0
+        self.threshold = loss.threshold if self.compares_values else 0.0
 
     def __call__(self, output: Tensor, target: Tensor) -> Sums:
         if self.is_binary or (self.is_binary is None and self._is_binary(output, target)):
@@ -298,7 +301,7 @@ def _score(name: str, **options: Any) -> Callable[[Loss | None], Callable]:
 
 def _binary_scores(loss: Loss | None, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     # Squashed here, probabilities too: torchmetrics would guess anew for each batch whether it sees logits.
-    threshold = 0.5 if loss is not None and loss.targets is VALUES and not loss.on_logits else 0.0
+    threshold = loss.threshold if loss is not None and loss.targets is VALUES else 0.0
     return (_wide(output) - threshold).sigmoid().reshape(target.shape), target.long()
 
 

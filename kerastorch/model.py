@@ -182,7 +182,7 @@ class Model:
         training = self._recipe(self._training_tracker, hooks)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
         self._expect(training_data.targets, None if validation is None else validation.targets)
-        with _modes_kept(self.module), self._as_before_unless_trained(training), self._shown(self._training_tracker):
+        with _running(self.module), self._as_before_unless_trained(training), self._shown(self._training_tracker):
             self.history, self.stop_training = History(params), False
             self.epochs_trained = max(self.epochs_trained, initial_epoch)
             history = loop.fit(
@@ -229,7 +229,7 @@ class Model:
         training = self._recipe(self._evaluation_tracker, NO_HOOKS)
         self._evaluation_tracker.reset()
         self._expect(batch.targets)
-        with _modes_kept(self.module), self._as_before_unless_trained(training):
+        with _running(self.module), self._as_before_unless_trained(training):
             self.module.train()
             self._step()(training, next(self._batches(batch.batches(0))))
         return _returned(self._evaluation_tracker.result(), return_dict)
@@ -270,7 +270,7 @@ class Model:
         opened = open_data(data, y, sample_weight, self._reading(batch_size, may_enlarge=may_enlarge))
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
         self._expect(opened.targets)
-        with _modes_kept(self.module), self._shown(self._evaluation_tracker), loop.announced_errors(hooks):
+        with _running(self.module), self._shown(self._evaluation_tracker), loop.announced_errors(hooks):
             logs = loop.evaluate(
                 self._recipe(self._evaluation_tracker, hooks), self._batches(islice(opened.batches(0), steps))
             )
@@ -314,7 +314,7 @@ class Model:
         wants_numpy = is_arrays(data) and not any(isinstance(leaf, Tensor) for leaf in leaves(data))
         opened = open_data(self._inputs(data), None, None, self._reading(batch_size, may_enlarge=may_enlarge))
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
-        with _modes_kept(self.module), loop.announced_errors(hooks):
+        with _running(self.module), loop.announced_errors(hooks):
             outputs = loop.predict(self.module, hooks, self.backend.feed(islice(opened.batches(0), steps)))
         if not outputs:
             raise ValueError("the data is empty: it gave no batch, expected at least one.")
@@ -330,7 +330,7 @@ class Model:
         tensors = map_structure(
             lambda leaf: self.backend.move(to_tensor(leaf, _dtype_of(self.module))), (inputs, named_inputs)
         )
-        with _modes_kept(self.module), torch.no_grad():
+        with _running(self.module), torch.no_grad():
             return self.module.eval()(*tensors[0], **tensors[1])
 
     def summary(
@@ -409,7 +409,7 @@ class Model:
         """Makes the optimizer if it is still to be made: a lazy module gets its parameters from a first batch."""
         if _is_lazy(self.module):
             batch, opened = peek(opened)
-            with _modes_kept(self.module), torch.no_grad():
+            with _running(self.module), torch.no_grad():
                 forward(self.module.eval(), self.backend.move(batch[0]))
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
             raise ValueError(
@@ -509,11 +509,18 @@ NO_HOOKS = hooks_of(())
 
 
 @contextmanager
-def _modes_kept(module: nn.Module) -> Iterator[None]:
-    """Hands every submodule back in the mode, train or eval, that it came in."""
+def _running(module: nn.Module) -> Iterator[None]:
+    """Hands every submodule back in the mode, train or eval, that it came in; says what to do about a wrong dtype."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         yield
+    except RuntimeError as error:
+        if "dtype" in str(error) or "expected scalar type" in str(error):
+            raise TypeError(
+                f"the module computes in {_dtype_of(module)}, and torch says of its inputs: {error}. "
+                f'Give inputs of the dtype that the layers expect, e.g. x.astype("float32") for whole numbers.'
+            ) from error
+        raise
     finally:
         for part, mode in modes:
             part.training = mode

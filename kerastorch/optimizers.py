@@ -116,6 +116,9 @@ def _fastest(kind: type, module: nn.Module, given: dict[str, Any]) -> dict[str, 
 # and used as long as nothing has changed. Everything else (state, `state_dict`, hooks, schedulers) is torch's.
 
 
+ONE = torch.tensor(1.0)
+
+
 class _Lists:
     """What a fused kernel takes for one parameter group."""
 
@@ -229,7 +232,10 @@ def _adam_states(group: dict[str, Any]) -> tuple[str, ...]:
 def _adam_update(lists: _Lists, gradients: list[Tensor], group: dict[str, Any]) -> None:
     averages, squares, steps, *largest = lists.states
     beta1, beta2 = group["betas"]
-    torch._foreach_add_(steps, 1)
+    if steps[0].is_cpu:  # a plain 1 would be made a tensor once for each parameter
+        torch._foreach_add_(steps, ONE, alpha=1.0)
+    else:
+        torch._foreach_add_(steps, 1)
     kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
     kernel(
         lists.parameters,

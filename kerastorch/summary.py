@@ -177,7 +177,9 @@ class Summary:
         Source: https://no-color.org
         """
         file = file or sys.stdout
-        print(self.colored() if file.isatty() and not os.environ.get("NO_COLOR") else str(self), file=file)
+        table = self.colored() if file.isatty() and not os.environ.get("NO_COLOR") else str(self)
+        encoding = getattr(file, "encoding", None) or "utf-8"  # a Windows pipe may have no branches of trees
+        print(table.encode(encoding, errors="replace").decode(encoding), file=file)
 
 
 def _levels(depth: int | str) -> int:

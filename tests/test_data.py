@@ -301,6 +301,27 @@ def test_predict_leaves_the_targets_of_every_form_aside(digits, classifier):
         assert torch.allclose(model.predict(data, verbose=0), expected, atol=1e-6)
 
 
+def test_a_generator_may_use_its_arrays_again(classifier, digits):
+    x, y = digits[0].numpy(), digits[1].numpy()
+
+    def reusing():
+        inputs, targets = np.empty((50, 64), np.float32), np.empty(50, np.int64)
+        for start in (0, 50, 100):
+            inputs[:], targets[:] = x[start : start + 50], y[start : start + 50]
+            yield inputs, targets
+
+    model = kt.Model(classifier).compile("sgd", "cross_entropy", metrics=["accuracy"])
+    assert model.evaluate(reusing(), verbose=0) == pytest.approx(model.evaluate(x, y, verbose=0))
+
+
+def test_whole_numbers_for_a_layer_of_floats_are_one_clear_error(classifier, digits):
+    model = kt.Model(classifier).compile("sgd", "cross_entropy")
+    x, y = (digits[0] * 16).long(), digits[1]
+    for use in (lambda: model.fit(x, y, verbose=0), lambda: model.evaluate(x, y, verbose=0), lambda: model.predict(x)):
+        with pytest.raises(TypeError, match="module computes in torch.float32.*Give inputs of the dtype"):
+            use()
+
+
 # Splitting.
 
 

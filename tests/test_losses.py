@@ -648,3 +648,10 @@ def test_softmax_that_is_not_the_last_operation_is_not_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kt.Model(net, backend="cpu").compile("sgd", "cross_entropy")
+
+
+def test_a_module_that_sums_goes_on_summing_with_weights() -> None:
+    output, target, weight = torch.randn(6, 2), torch.randn(6, 2), torch.rand(6)
+    model = kt.Model(nn.Identity(), backend="cpu").compile("sgd", nn.MSELoss(reduction="sum"))
+    expected = ((output - target).square() * weight[:, None]).sum().item()
+    assert model.evaluate(output, target, sample_weight=weight, batch_size=6, verbose=0) == pytest.approx(expected)

@@ -430,3 +430,15 @@ def test_metrics_that_fit_no_output_are_refused() -> None:
         model.compile(loss=LOSSES, metrics={"colour": ["accuracy"]})
     with pytest.raises(ValueError, match="metrics is a list of 1 for 2 outputs"):
         model.compile(loss=LOSSES, metrics=["accuracy"])
+
+
+@pytest.mark.parametrize("loss", ["hinge", "squared_hinge", "soft_margin"])
+def test_margins_decide_at_zero(loss) -> None:
+    output, target = torch.tensor([[0.2], [0.3], [-0.1], [0.4]]), torch.tensor([[1.0], [1.0], [-1.0], [-1.0]])
+    model = kt.Model(nn.Identity(), backend="cpu").compile("sgd", loss, metrics=["accuracy"])
+    assert model.evaluate(output, target, verbose=0)[1] == 0.75
+
+
+def test_the_best_none_of_the_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match="'top0_accuracy' asks for the best 0 classes"):
+        kt.Model(nn.Linear(2, 3), backend="cpu").compile("sgd", "cross_entropy", metrics=["top0_accuracy"])

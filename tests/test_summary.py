@@ -443,3 +443,10 @@ def test_summary_is_frozen() -> None:
     assert isinstance(summary, Summary)
     with pytest.raises(AttributeError):
         summary.note = "changed"
+
+
+def test_a_pipe_that_cannot_show_the_branches_gets_the_numbers_all_the_same() -> None:
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    summarize(nn.Sequential(nn.Linear(2, 3)), (4, 2)).print(pipe)
+    pipe.flush()
+    assert b"parameters: 9" in pipe.buffer.getvalue()
