@@ -307,7 +307,9 @@ def _see_through(
         take_x, take_y, take_weight = (_taker(part, _select) for part in parts)
         for indices in loader.batch_sampler:
             rows = torch.as_tensor(indices)
-            rows = (rows if subset is None else subset[rows]).to(device)
+            rows = rows if subset is None else subset[rows]
+            if device.type == "cuda":  # from pinned memory the host need not wait for the copy
+                rows = rows.pin_memory().to(device, non_blocking=True)
             yield take_x(rows), take_y(rows), take_weight(rows)
 
     return Data(batches, steps, targets=parts[1])

@@ -291,8 +291,13 @@ def own_loss(output: Any, target: Any = None, weight: Any = None) -> Tensor:
     """The loss that a module computed itself: its scalar output, or `.loss` or `["loss"]` of it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or there are weights, which only the module could heed.
     """
+    if weight is not None:
+        raise ValueError(
+            "sample_weight and class_weight were given, but with loss=None the module computes its loss itself. "
+            "Weigh the samples in the module, or give compile a loss."
+        )
     if isinstance(output, Tensor):
         loss = output
     else:

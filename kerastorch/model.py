@@ -175,10 +175,10 @@ class Model:
             checks.refuse_unlike(training_data.targets, validation.targets)
             checks.refuse_second_pass(validation.repeats, validation_steps, epoch_numbers, validation_freq)
 
-        training_data = self._with_optimizer(training_data)
         params = {"verbose": verbose, "epochs": epochs, "steps": steps_per_epoch or training_data.steps}
         checks.refuse_unknown_monitors(callbacks, self._training_tracker.keys(), validation is not None)
         hooks = self._hooks(callbacks, verbose, params)
+        training_data = self._with_optimizer(training_data)
         training = self._recipe(self._training_tracker, hooks)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
         self._expect(training_data.targets, None if validation is None else validation.targets)

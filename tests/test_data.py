@@ -93,6 +93,14 @@ FORMS = {
     "Hugging Face": lambda x, y: (hugging_face({"input": x.numpy(), "label": y.numpy()}), "label"),
 }
 ONE_PASS = {"iterator", "generator"}
+
+
+def forms(names=FORMS):
+    """A test for each form; what needs another library is tested where there is one."""
+    needs = {"Hugging Face": [pytest.mark.conformance]}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=needs.get(name, [])) for name in names])
+
+
 # These bring their own batches; the others are told how large batches are.
 BATCHED = {
     name for name in FORMS if name.startswith(("loader", "list of", "iterator", "generator")) or name == "callable"
@@ -107,7 +115,7 @@ def options(name):
     return {} if name in BATCHED else {"batch_size": SIZE}
 
 
-@pytest.mark.parametrize("name", FORMS)
+@forms()
 def test_every_form_trains_evaluates_and_predicts_as_the_arrays_do(name, classifier, digits):
     x, y = digits
     twin = copy.deepcopy(classifier)
@@ -140,7 +148,7 @@ def test_every_form_trains_evaluates_and_predicts_as_the_arrays_do(name, classif
     assert torch.allclose(torch.as_tensor(predicted), expected.predict(x, verbose=0), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["torch", "Dataset", "TensorDataset", "Hugging Face"])
+@forms(["torch", "Dataset", "TensorDataset", "Hugging Face"])
 def test_shuffling_has_the_order_of_the_seed_in_every_form(name, classifier, digits):
     x, y = digits
     expected, _ = reference.train(
@@ -325,8 +333,7 @@ def test_whole_numbers_for_a_layer_of_floats_are_one_clear_error(classifier, dig
 # Splitting.
 
 
-@pytest.mark.parametrize(
-    "name",
+@forms(
     [
         "torch",
         "numpy",
@@ -338,7 +345,7 @@ def test_whole_numbers_for_a_layer_of_floats_are_one_clear_error(classifier, dig
         "loader",
         "loader over tensors",
         "Hugging Face",
-    ],
+    ]
 )
 def test_validation_split_takes_the_tail_before_shuffling(name, classifier, digits):
     x, y = digits
@@ -386,7 +393,7 @@ def weighted_by_hand(net, x, y, weight, epochs=2):
     return net, losses
 
 
-@pytest.mark.parametrize("name", FORMS)
+@forms()
 def test_class_weight_weighs_the_loss_in_every_form(name, classifier, digits):
     x, y = digits
     weights = {0: 3.0, 4: 0.5, 9: 0.0}
@@ -531,6 +538,7 @@ def test_infinite_values_are_no_missing_values(regressor):
         kt.Model(regressor).compile("sgd", "mse").evaluate(x, np.ones((4, 1)), verbose=0)
 
 
+@pytest.mark.conformance
 def test_a_target_column_that_is_not_there_is_named(digits):
     data = hugging_face({"input": digits[0].numpy(), "kind": digits[1].numpy()})
     with pytest.raises(ValueError, match="y='label' names no column of the data, which has 'input', 'kind'"):

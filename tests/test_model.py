@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import kerastorch as kt
 from tests import reference
 
+X, Y = torch.rand(40, 3), torch.rand(40, 1)
+CLASSES = torch.randint(0, 4, (40,))
+
 
 @pytest.fixture
 def model(classifier):
@@ -219,10 +222,18 @@ def test_a_module_may_compute_its_own_loss(diabetes):
         assert reference.same_weights(twin.head, expected)
 
 
+def test_weights_that_only_the_module_could_heed_are_refused():
+    class Own(nn.Linear):
+        def forward(self, x, y):
+            return F.mse_loss(super().forward(x), y)
+
+    model = kt.Model(Own(3, 1)).compile("sgd")
+    with pytest.raises(ValueError, match="with loss=None the module computes its loss itself"):
+        model.fit(X, Y, sample_weight=torch.ones(40), verbose=0)
+
+
 # Mistakes. Each is one error, and afterwards the model is as it was.
 
-X, Y = torch.rand(40, 3), torch.rand(40, 1)
-CLASSES = torch.randint(0, 4, (40,))
 MISTAKES = {
     "epochs zero": ({"epochs": 0}, ValueError, "epochs=0 is less than 1"),
     "epochs negative": ({"epochs": -2}, ValueError, "epochs=-2 is less than 1"),

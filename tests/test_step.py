@@ -9,6 +9,7 @@ import sys
 import textwrap
 import traceback
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from torch import nn
 import kerastorch as kt
 from kerastorch import loop, model, seeding, step
 from tests import reference
+
+PACKAGE = str(Path(kt.__file__).parent)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adagrad"])
@@ -87,7 +90,7 @@ def test_frames_from_fit_to_the_optimizer_are_four_in_three_files(classifier, di
 
     net = classifier
     kt.Model(net).compile(Probe(net.parameters(), lr=0.1), "cross_entropy").fit(*digits, verbose=0)
-    frames = [frame for frame in stacks[-1] if "/kerastorch/" in frame.filename.replace("\\", "/")]
+    frames = [frame for frame in stacks[-1] if frame.filename.startswith(PACKAGE)]
     assert [frame.name for frame in frames] == ["fit", "fit", "train_epoch", "train_step"]
     assert len({frame.filename for frame in frames}) == 3
 
@@ -110,7 +113,7 @@ def count_calls(run) -> Counter:
     calls = Counter()
 
     def profile(frame, event, argument):
-        if event == "call" and "/kerastorch/" in frame.f_code.co_filename.replace("\\", "/"):
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
             calls[frame.f_code.co_name] += 1
 
     sys.setprofile(profile)
