@@ -50,7 +50,8 @@ def fit(
                 hook(epoch, {})
             steps = train_epoch(model, training, step, epoch_batches(), interruption)
             if steps == 0:
-                _say_that_data_ended(epoch, history)
+                if not interruption.requested:
+                    _say_that_data_ended(epoch, history)
                 break
             logs = training.tracker.result()
             if validate is not None and is_validated(epoch) and not interruption.requested:

@@ -302,7 +302,7 @@ def _score(name: str, **options: Any) -> Callable[[Loss | None], Callable]:
 def _binary_scores(loss: Loss | None, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     # Squashed here, probabilities too: torchmetrics would guess anew for each batch whether it sees logits.
     threshold = loss.threshold if loss is not None and loss.targets is VALUES else 0.0
-    return (_wide(output) - threshold).sigmoid().reshape(target.shape), target.long()
+    return (_wide(output) - threshold).sigmoid().reshape(target.shape), (target > 0.5).long()
 
 
 def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

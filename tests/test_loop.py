@@ -153,6 +153,17 @@ def test_a_keyboard_interrupt_raised_by_the_data_ends_the_run_with_its_history()
     assert history.epoch == [0]
 
 
+def test_an_interrupt_before_the_first_batch_ends_the_run_in_order():
+    def data():
+        raise KeyboardInterrupt
+        yield
+
+    callback, calls = recorder()
+    model = kt.Model(nn.Linear(3, 1)).compile("sgd", "mse")
+    assert model.fit(data(), callbacks=callback, verbose=0).epoch == []
+    assert calls == [("on_train_begin",), ("on_epoch_begin", 0), ("on_train_end",)]
+
+
 def test_a_second_ctrl_c_stops_at_once():
     program = """
 import time, torch, kerastorch as kt

@@ -442,3 +442,9 @@ def test_margins_decide_at_zero(loss) -> None:
 def test_the_best_none_of_the_classes_are_refused() -> None:
     with pytest.raises(ValueError, match="'top0_accuracy' asks for the best 0 classes"):
         kt.Model(nn.Linear(2, 3), backend="cpu").compile("sgd", "cross_entropy", metrics=["top0_accuracy"])
+
+
+def test_scores_of_margins_take_targets_of_both_signs() -> None:
+    output, target = torch.tensor([[0.2], [0.3], [-0.1], [0.4]]), torch.tensor([[1.0], [1.0], [-1.0], [-1.0]])
+    model = kt.Model(nn.Identity(), backend="cpu").compile("sgd", "hinge", metrics=["precision", "recall"])
+    assert model.evaluate(output, target, verbose=0)[1:] == pytest.approx([2 / 3, 1.0])
