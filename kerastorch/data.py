@@ -33,9 +33,11 @@ from .tensors import Batch, array_of, class_table, grouped, is_arrays, to_tensor
 
 DEFAULT_BATCH_SIZE = 32  # Keras's
 
-# Evaluation needs no gradients, so small samples are batched up to this many values: the time of a small batch is
-# dispatch, not arithmetic. Samples larger than a few thousand values keep the default size.
+# Evaluation keeps no activations, so small samples are batched up to so many values and samples: the time of a small
+# batch is dispatch, not arithmetic. Samples of a few thousand values keep the default size, and so do tokens, of which
+# an embedding makes far more.
 EVALUATION_BATCH_VALUES = 2**16
+EVALUATION_BATCH_SAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -236,10 +238,11 @@ def _taker(tree: Any, taker_of: Callable) -> Callable[[Any], Any]:
 
 def _batch_size(reading: Reading, x: Any = None, samples: int = 1) -> int:
     chosen = reading.batch_size or reading.fallback_batch_size
-    if chosen is not None or not reading.evaluating or x is None:
+    is_small = reading.evaluating and x is not None and all(map(torch.is_floating_point, leaves(x)))
+    if chosen is not None or not is_small:
         return chosen or DEFAULT_BATCH_SIZE
-    values = sum(tensor.numel() for tensor in leaves(x)) // samples
-    return max(1, EVALUATION_BATCH_VALUES // max(values, 1) // DEFAULT_BATCH_SIZE) * DEFAULT_BATCH_SIZE
+    values = max(sum(tensor.numel() for tensor in leaves(x)) // samples, 1)
+    return max(DEFAULT_BATCH_SIZE, min(EVALUATION_BATCH_SAMPLES, EVALUATION_BATCH_VALUES // values))
 
 
 # Datasets, loaders and iterables: torch's own DataLoader does the fetching.

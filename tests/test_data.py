@@ -565,6 +565,8 @@ def test_evaluation_batches_are_larger_only_where_nobody_could_tell(digits, clas
     assert sizes_of(model.evaluate, x, y) == sizes_of(model.predict, x) == [150]
     assert sizes_of(model.evaluate, x, y, batch_size=64) == sizes_of(model.predict, x, batch_size=64) == [64, 64, 22]
     assert sizes_of(model.evaluate, x, y, steps=2) == [32, 32]
+    assert sizes_of(model.evaluate, Rows(x, y)) == [32, 32, 32, 32, 22], "what a sample holds is not known before"
+    assert set(sizes_of(model.predict, x.repeat(7, 1))) == {512, 26}
     type(counting).on_test_batch_end, kept = lambda *_: None, type(counting).on_test_batch_end
     try:
         assert sizes_of(model.evaluate, x, y, callbacks=counting) == [32, 32, 32, 32, 22]
@@ -572,3 +574,18 @@ def test_evaluation_batches_are_larger_only_where_nobody_could_tell(digits, clas
         type(counting).on_test_batch_end = kept
     model.compile("sgd", lambda output, target: output.mean())
     assert sizes_of(model.evaluate, x, y) == [32, 32, 32, 32, 22]
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(70, 3, dtype=torch.long), torch.rand(70, 3, 40, 40)], ids=["tokens", "large"]
+)
+def test_tokens_and_large_samples_are_evaluated_in_batches_of_32(x):
+    sizes = []
+
+    class Watch(nn.Identity):
+        def forward(self, x):
+            sizes.append(len(x))
+            return x
+
+    kt.Model(Watch()).predict(x, verbose=0)
+    assert sizes == [32, 32, 6]
