@@ -1,7 +1,7 @@
-"""Names and shapes of losses: a string, callable, module or dict of these -> `loss(output, target, weight)`.
+"""Names of losses: a string, callable, module or dict of these -> `loss(output, target, weight)`.
 
-Decided here: which torch function a name stands for, what a loss is the mean of, and which shapes belong together.
-The mean is torch's own: over samples, or over the targets that are not `ignore_index`. With weights it is
+Decided here: which torch function a name stands for, and what a loss is the mean of; which shapes and values belong
+together is in `targets.py`. The mean is torch's own: over samples, or over the targets that are not `ignore_index`. With weights it is
 `sum(weight * loss) / n`, as in Keras (`reduction="sum_over_batch_size"`).
 """
 
@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# How many samples may decide whether an output looks like probabilities: fewer would cry wolf.
-MIN_SAMPLES_TO_JUDGE = 8
+from .targets import align_classes, check_classes, check_values, come_from_a_sigmoid, sum_to_one
 
 
 def _log_cosh(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -236,10 +235,11 @@ class Loss:
         if not isinstance(target, Tensor):
             raise ValueError(f"the target is a {type(target).__name__}, but loss={self.name!r} takes one tensor.")
         if self.targets is CLASSES:
-            check_classes(output, target, known or (target,), self)
-        elif output.shape != target.shape:
-            raise ValueError(_shape_message(output, target, self.name))
-        look_like_probabilities = _sum_to_one if self.targets is CLASSES else _come_from_a_sigmoid
+            # Cross entropy alone, of the losses on classes, takes probabilities too.
+            check_classes(output, target, known or (target,), self.name, self.ignore_index, self.on_logits)
+        else:
+            check_values(output, target, self.name)
+        look_like_probabilities = sum_to_one if self.targets is CLASSES else come_from_a_sigmoid
         if self.on_logits and not self.has_warned and look_like_probabilities(output):
             self.warn_of_probabilities("the outputs look like probabilities")
 
@@ -382,84 +382,7 @@ def _refuse_name(name: str) -> None:
     raise ValueError(f"loss={name!r} is not a loss. {hint}")
 
 
-# Shapes.
-
-
-def align_classes(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves classes to dim 1, where torch has them, and makes whole floats class indices."""
-    if target.ndim == output.ndim - 1 or output.ndim == target.ndim == 1:
-        if output.ndim > 2 and has_classes_last(output, target):
-            output = output.movedim(-1, 1)
-        if target.dtype != torch.int64:
-            target = target.long()
-    elif target.dtype != output.dtype and target.shape == output.shape:
-        target = target.to(output.dtype)
-    return output, target
-
-
-def has_classes_last(output: Tensor, target: Tensor) -> bool:
-    """Whether `output` is (N, ..., C) for indices (N, ...); torch's layout, (N, C, ...), wins where both could be."""
-    return output.shape[2:] != target.shape[1:] and output.shape[1:-1] == target.shape[1:]
-
-
-def check_classes(output: Tensor, target: Tensor, known: tuple[Tensor, ...], loss: Loss) -> None:
-    """Raises where `target`, or any of all the run's targets, cannot be classes of `output`."""
-    # Cross entropy alone, of the losses on classes, takes probabilities too.
-    if target.shape == output.shape and output.ndim > 1 and loss.on_logits:
-        for all_targets in known:
-            values = all_targets.detach()
-            if values.is_floating_point() and not _are_probabilities(values):
-                raise ValueError(
-                    f"float targets of shape {tuple(target.shape)} are neither class indices nor probabilities that "
-                    f"sum to 1 over dim 1, as loss={loss.name!r} expects. Give indices, probabilities, or loss='mse'."
-                )
-        return
-    is_index = target.ndim == output.ndim - 1 and (
-        target.shape[1:] == output.shape[2:] or has_classes_last(output, target)
-    )
-    if not is_index or target.shape[:1] != output.shape[:1]:
-        expected = tuple(output.shape[:1] + output.shape[2:])
-        hint = "try target.squeeze(1)" if target.ndim == 2 and target.shape[1] == 1 else "give such targets"
-        if output.ndim == 1:
-            hint = "let the module return an output of shape (samples, classes)"
-        raise ValueError(
-            f"output has shape {tuple(output.shape)} but target has shape {tuple(target.shape)}. {loss.name!r} takes "
-            f"class indices of shape {expected}: {hint}, or another loss, e.g. 'mse'."
-        )
-    classes = output.shape[-1 if output.ndim > 2 and has_classes_last(output, target) else 1]
-    for all_targets in known:
-        _check_indices(all_targets.detach(), classes, loss)
-
-
-def _check_indices(target: Tensor, classes: int, loss: Loss) -> None:
-    if target.is_floating_point() and not bool((target == target.round()).all()):
-        raise ValueError(
-            f"float targets with values such as {float(target[target != target.round()][0]):g} are no class indices, "
-            f"as loss={loss.name!r} expects. Give whole numbers from 0 to {classes - 1}, or loss='mse'."
-        )
-    indices = target.long()
-    if loss.ignore_index is not None:
-        indices = indices[indices != loss.ignore_index]
-    if indices.numel() == 0:
-        return
-    low, high = int(indices.min()), int(indices.max())
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"target has class indices from {low} to {high}, but the output has {classes} classes, 0 to {classes - 1}. "
-            f"Give the module {high + 1} outputs, or number the classes from 0."
-        )
-
-
-def _shape_message(output: Tensor, target: Tensor, name: str) -> str:
-    hint = f"Give targets of shape {tuple(output.shape)}."
-    if target.ndim == output.ndim - 1 and output.shape[-1] == 1:
-        hint = "Try y[:, None], or let the module return output.squeeze(-1)."
-    elif output.ndim == target.ndim - 1 and target.shape[-1] == 1:
-        hint = "Try y.squeeze(-1), or let the module return output[:, None]."
-    return (
-        f"output has shape {tuple(output.shape)} but target has shape {tuple(target.shape)}. {name!r} compares them "
-        f"value by value, so the shapes must be equal (torch would broadcast them to something meant by nobody). {hint}"
-    )
+# Several outputs, and what a module returned.
 
 
 def _part(tree: Any, key: Any, what: str) -> Any:
@@ -491,20 +414,3 @@ def warn_of_final_softmax(module: nn.Module, loss: Loss | SumOfLosses | None) ->
         final = final[-1]
     if isinstance(loss, Loss) and loss.on_logits and isinstance(final, (nn.Softmax, nn.Softmax2d, nn.Sigmoid)):
         loss.warn_of_probabilities(f"the module ends in {type(final).__name__}")
-
-
-def _sum_to_one(output: Tensor) -> bool:
-    return len(output) >= MIN_SAMPLES_TO_JUDGE and _are_probabilities(output.detach())
-
-
-def _come_from_a_sigmoid(output: Tensor) -> bool:
-    # Asked of the graph: the values cannot tell, since logits of a young network often lie between 0 and 1.
-    node = output.grad_fn
-    while node is not None and node.name().startswith(("Squeeze", "Unsqueeze", "View", "Select")):
-        node = node.next_functions[0][0]
-    return node is not None and node.name().startswith("Sigmoid")
-
-
-def _are_probabilities(values: Tensor) -> bool:
-    is_share = (values >= 0).all() & (values <= 1 + 1e-4).all()
-    return bool(is_share & ((values.sum(1) - 1).abs() < 1e-3).all())

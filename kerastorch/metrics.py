@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .losses import FUNCTIONS, VALUES, Loss, SumOfLosses, has_classes_last, known_name
+from .losses import FUNCTIONS, VALUES, Loss, SumOfLosses, known_name
 from .structures import leaves
+from .targets import check_values, has_classes_last
 
 Sums = tuple[Tensor, Any]  # sum of values on the device, and how many values: an int, or a tensor on the device
 
@@ -239,11 +240,7 @@ class Accuracy:
 
 def _values(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Sums]:
     def sums(output: Tensor, target: Tensor) -> Sums:
-        if output.shape != target.shape:
-            raise ValueError(
-                f"output has shape {tuple(output.shape)} but target has shape {tuple(target.shape)}: this metric "
-                f"compares value by value, so the shapes must be equal."
-            )
+        check_values(output, target, "the metric")
         values = function(output, target.to(output.dtype))
         return values.sum(dtype=torch.float64 if values.device.type != "mps" else None), values.numel()
 

@@ -1,6 +1,6 @@
 """Who may import whom: downwards only, so that each file can be read knowing only those below it.
 
-    __init__ > model > loop > step > tracker > metrics > losses        loop > history
+    __init__ > model > loop > step > tracker > metrics > losses > targets    loop > history
                      > data > tensors, seeding, structures             callbacks.* > callbacks.base
                      > backends > structures
                      > checks, optimizers, summary > tracing
@@ -29,7 +29,8 @@ BELOW = {
     "loop": {"history", "step", "structures"},
     "step": {"tracker", "structures"},
     "tracker": {"history", "losses", "metrics", "structures"},
-    "metrics": {"losses", "structures"},
+    "metrics": {"losses", "structures", "targets"},
+    "losses": {"targets"},
     "data": {"seeding", "structures", "tensors"},
     "tensors": {"structures"},
     "checks": {"callbacks.base", "structures"},
