@@ -1,8 +1,8 @@
 """Names of losses: a string, callable, module or dict of these -> `loss(output, target, weight)`.
 
 Decided here: which torch function a name stands for, and what a loss is the mean of; which shapes and values belong
-together is in `targets.py`. The mean is torch's own: over samples, or over the targets that are not `ignore_index`. With weights it is
-`sum(weight * loss) / n`, as in Keras (`reduction="sum_over_batch_size"`).
+together is in `targets.py`. The mean is torch's own: over samples, or over the targets that are not `ignore_index`.
+With weights it is `sum(weight * loss) / n`, as in Keras (`reduction="sum_over_batch_size"`).
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def _fastest(kind: type, module: nn.Module, given: dict[str, Any]) -> dict[str, 
 # and used as long as nothing has changed. Everything else (state, `state_dict`, hooks, schedulers) is torch's.
 
 
-ONE = torch.tensor(1.0)
+ONE = torch.tensor(1.0, device="cpu")  # whatever the default device is: an import must not wake a GPU
 
 
 class _Lists:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .single import Single as Single
-from .single import is_usable
+from .single import real_device
 
 
 def get(backend: Any) -> Any:
@@ -44,4 +44,4 @@ def get(backend: Any) -> Any:
 
 
 def _first_usable(names: list[str]) -> str | None:
-    return next((name for name in names if is_usable(torch.device(name))), None)
+    return next((name for name in names if real_device(torch.device(name)) is not None), None)

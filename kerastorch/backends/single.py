@@ -30,8 +30,9 @@ class Single:
     rank, world = 0, 1
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        self.device = torch.device(device)
-        if not is_usable(self.device):
+        # With its number: batches that are there say "cuda:0", and "cuda" is not equal to that.
+        self.device = real_device(torch.device(device))
+        if self.device is None:
             raise ValueError(
                 f"backend={str(device)!r} cannot be used: torch {torch.__version__} finds no such device here. "
                 f'Give backend="cpu", or "auto" for the best there is.'
@@ -77,6 +78,8 @@ class Single:
         def copy(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or leaf.device == self.device:
                 return leaf
+            if leaf.device.type != "cpu":  # only the host's memory can be pinned
+                return leaf.to(self.device, non_blocking=True)
             # Only from pinned memory does a copy run beside the host.
             return (leaf if leaf.is_pinned() else leaf.pin_memory()).to(self.device, non_blocking=True)
 
@@ -92,9 +95,13 @@ class Single:
         return batch
 
 
-def is_usable(device: torch.device) -> bool:
-    """Whether torch can really put something there: a driver may be present and the device be none that torch knows."""
+def real_device(device: torch.device) -> torch.device | None:
+    """The device, with its number, if torch can really put something there; `None` if not.
+
+    Asked by trying: a driver may be present, and the device be none that this torch knows.
+    """
     try:
-        return bool(torch.ones(1, device=device).cpu() == 1)
+        tried = torch.ones(1, device=device)
+        return tried.device if tried.add_(1).cpu() == 2 else None
     except (RuntimeError, AssertionError, NotImplementedError):
-        return False
+        return None

@@ -17,7 +17,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def test_auto_is_the_best_device_that_is_usable():
-    expected = next(name for name in ("cuda", "mps", "xpu", "cpu") if backends.is_usable(torch.device(name)))
+    expected = next(name for name in ("cuda", "mps", "xpu", "cpu") if backends.real_device(torch.device(name)))
     assert backends.get("auto").device.type == expected
 
 
@@ -91,6 +91,12 @@ def problem(digits):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
     return net, digits
+
+
+@gpu
+@needs_cuda
+def test_a_device_has_the_number_that_its_tensors_have():
+    assert backends.Single("cuda").device == torch.ones(1, device="cuda").device
 
 
 @gpu
