@@ -207,7 +207,7 @@ def _gathering(parts: Batch, samples: int, reading: Reading) -> Data:
             rows = (slice(start, start + batch_size) for start in range(0, samples, batch_size))
         take_x, take_y, take_weight = (_taker(part, _select if reading.shuffle else _slice) for part in parts)
         for chosen in rows:
-            yield take_x(chosen), take_y(chosen), take_weight(chosen)
+            yield take_x(chosen), take_y and take_y(chosen), take_weight and take_weight(chosen)
 
     return Data(batches, steps=-(-samples // batch_size), targets=parts[1])
 
@@ -227,12 +227,10 @@ def _slice(tensor: torch.Tensor) -> Callable[[slice], torch.Tensor]:
     return partial(operator.getitem, tensor)
 
 
-def _taker(tree: Any, taker_of: Callable) -> Callable[[Any], Any]:
+def _taker(tree: Any, taker_of: Callable) -> Callable[[Any], Any] | None:
     """A function from rows to those rows of every tensor of `tree`; for a single tensor one without Python frames."""
-    if isinstance(tree, torch.Tensor):
-        return taker_of(tree)
-    if tree is None:
-        return lambda rows: None
+    if tree is None or isinstance(tree, torch.Tensor):
+        return None if tree is None else taker_of(tree)
     return lambda rows: map_structure(lambda tensor: taker_of(tensor)(rows), tree)
 
 
@@ -313,7 +311,7 @@ def _see_through(
             rows = rows if subset is None else subset[rows]
             if device.type == "cuda":  # from pinned memory the host need not wait for the copy
                 rows = rows.pin_memory().to(device, non_blocking=True)
-            yield take_x(rows), take_y(rows), take_weight(rows)
+            yield take_x(rows), take_y and take_y(rows), take_weight and take_weight(rows)
 
     return Data(batches, steps, targets=parts[1])
 
