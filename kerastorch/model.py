@@ -134,8 +134,8 @@ class Model:
                 that returns one of these and is called anew for each epoch.
             y: Targets of arrays, shape (samples, ...); or the name of the target's column where samples are mappings.
             epochs: Number of the epoch to end before, as in Keras: with `initial_epoch=2`, `epochs=5` trains three.
-            batch_size: Samples in a batch of arrays or a dataset; `None` = 32, beside `steps_per_epoch` too (where Keras
-                divides the samples by the steps). Loaders bring their own.
+            batch_size: Samples in a batch of arrays or a dataset; `None` = 32, beside `steps_per_epoch` too (Keras
+                divides the samples by the steps there). Loaders bring their own.
             callbacks: `Callback`s, or Keras's.
             validation_data: Any form that `data` may have. Default: none.
             validation_split: Share of the samples cut off the end, before shuffling, to validate on.
