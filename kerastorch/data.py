@@ -190,7 +190,7 @@ def _open_arrays(x: Any, y: Any, sample_weight: Any, reading: Reading) -> Data:
     samples = _common_length([(name, _length(leaf)) for name, leaf in _named_parts(x, y, sample_weight)])
     for name, leaf in _named_parts(x, y, sample_weight):
         warn_of_nan(name, leaf)
-    parts = to_tensors((x, y, sample_weight), reading.dtype)
+    parts = to_tensors((x, y, sample_weight), reading.dtype, keeps_maps=True)
     if reading.class_weight is not None:
         parts = weighted(parts, class_table(reading.class_weight), reading.dtype)
     return _gathering(parts, samples, reading)
@@ -205,7 +205,8 @@ def _gathering(parts: Batch, samples: int, reading: Reading) -> Data:
             rows = epoch_order(samples, number).to(device).split(batch_size)
         else:
             rows = (slice(start, start + batch_size) for start in range(0, samples, batch_size))
-        take_x, take_y, take_weight = (_taker(part, _select if reading.shuffle else _slice) for part in parts)
+        rows_of = _select if reading.shuffle else _slice
+        take_x, take_y, take_weight = (_taker(part, rows_of, reading.dtype) for part in parts)
         for chosen in rows:
             yield take_x(chosen), take_y and take_y(chosen), take_weight and take_weight(chosen)
 
@@ -227,11 +228,16 @@ def _slice(tensor: torch.Tensor) -> Callable[[slice], torch.Tensor]:
     return partial(operator.getitem, tensor)
 
 
-def _taker(tree: Any, taker_of: Callable) -> Callable[[Any], Any] | None:
+def _taker(tree: Any, taker_of: Callable, dtype: torch.dtype) -> Callable[[Any], Any] | None:
     """A function from rows to those rows of every tensor of `tree`; for a single tensor one without Python frames."""
-    if tree is None or isinstance(tree, torch.Tensor):
-        return None if tree is None else taker_of(tree)
-    return lambda rows: map_structure(lambda tensor: taker_of(tensor)(rows), tree)
+    if tree is None:
+        return None
+    if not isinstance(tree, torch.Tensor):
+        return lambda rows: map_structure(lambda tensor: _taker(tensor, taker_of, dtype)(rows), tree)
+    take = taker_of(tree)
+    if tree.is_floating_point() and tree.dtype != dtype:  # a memory map
+        return lambda rows: take(rows).to(dtype)
+    return take
 
 
 def _batch_size(reading: Reading, x: Any = None, samples: int = 1) -> int:
@@ -305,7 +311,7 @@ def _see_through(
     def batches(number: int) -> Iterator[Batch]:
         # The number that `iter(loader)` draws before its sampler draws: keeps order and model as in a loop by hand.
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-        take_x, take_y, take_weight = (_taker(part, _select) for part in parts)
+        take_x, take_y, take_weight = (_taker(part, _select, reading.dtype) for part in parts)
         for indices in loader.batch_sampler:
             rows = torch.as_tensor(indices)
             rows = rows if subset is None else subset[rows]

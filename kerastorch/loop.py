@@ -25,7 +25,7 @@ def fit(
     *,
     epochs: range,
     steps_per_epoch: int | None,
-    validate: Callable[[], dict[str, Any]] | None,
+    validate: Callable[[SimpleNamespace], dict[str, Any]] | None,
     is_validated: Callable[[int], bool],
     step: Callable = train_step,
 ) -> History:
@@ -57,10 +57,11 @@ def fit(
             if validate is not None and is_validated(epoch) and not interruption.requested:
                 for hook in hooks.on_validation_begin:
                     hook({})
-                values = validate()
+                values = validate(interruption)
                 for hook in hooks.on_validation_end:
                     hook(values)
-                logs |= {f"val_{name}": value for name, value in values.items()}
+                if not interruption.requested:  # else they are means over a part of the data
+                    logs |= {f"val_{name}": value for name, value in values.items()}
             for hook in hooks.on_epoch_end:
                 hook(epoch, logs)
             history.record(epoch, logs)
@@ -102,8 +103,8 @@ def train_epoch(model: Any, training: Recipe, step: Callable, batches: Iterable,
 
 
 @torch.no_grad()
-def evaluate(evaluation: Recipe, batches: Iterable) -> dict[str, Any]:
-    """Loss and metrics over all batches, as `{name: value}`."""
+def evaluate(evaluation: Recipe, batches: Iterable, interruption: SimpleNamespace | None = None) -> dict[str, Any]:
+    """Loss and metrics over all batches, or over those before an interruption, as `{name: value}`."""
     hooks, tracker = evaluation.hooks, evaluation.tracker
     evaluation.module.eval()
     tracker.reset()
@@ -118,6 +119,8 @@ def evaluate(evaluation: Recipe, batches: Iterable) -> dict[str, Any]:
             logs = tracker.logs()
             for hook in hooks.on_test_batch_end:
                 hook(index, logs)
+        if interruption is not None and interruption.requested:
+            break
     if index < 0:
         raise ValueError("the data to evaluate is empty: it gave no batch, expected at least one.")
     logs = tracker.result()

@@ -440,9 +440,9 @@ class Model:
         fed = self.backend.feed(batches)
         return fed if self._loss is not None else map(_targets_as_inputs, fed)
 
-    def _validate(self, evaluation: Recipe, validation: Data, steps: int | None) -> dict[str, Any]:
+    def _validate(self, evaluation: Recipe, validation: Data, steps: int | None, interruption: Any) -> dict[str, Any]:
         with self._shown(self._evaluation_tracker):
-            return loop.evaluate(evaluation, self._batches(islice(validation.batches(0), steps)))
+            return loop.evaluate(evaluation, self._batches(islice(validation.batches(0), steps)), interruption)
 
     def _inputs(self, data: Any) -> Any:
         """`data` for `predict`, where arrays in a tuple or list are several inputs if the module takes as many.

@@ -45,21 +45,24 @@ def unpack(raw: Any, targets: tuple[str, ...] = ()) -> Batch:
     return raw, None, None
 
 
-def to_tensors(parts: Batch, dtype: torch.dtype) -> Batch:
-    """Tensors of everything in a batch: floating point values as `dtype`, integer targets as int64."""
+def to_tensors(parts: Batch, dtype: torch.dtype, keeps_maps: bool = False) -> Batch:
+    """Tensors of everything in a batch: floating point values as `dtype`, integer targets as int64.
+
+    With `keeps_maps`, inputs in a memory map stay there in their own dtype: all of them may not fit into memory.
+    """
     x, y, weight = parts
     return (
-        map_structure(partial(to_tensor, dtype=dtype), grouped(x)),
+        map_structure(partial(to_tensor, dtype=dtype, keeps_maps=keeps_maps), grouped(x)),
         map_structure(partial(_to_target, dtype=dtype), grouped(y)),
         map_structure(partial(_to_weight, dtype=dtype), grouped(weight)),
     )
 
 
-def to_tensor(leaf: Any, dtype: torch.dtype) -> Any:
+def to_tensor(leaf: Any, dtype: torch.dtype, keeps_maps: bool = False) -> Any:
     """A tensor of `leaf`; floating point values as `dtype`. Strings and other objects of a batch stay as they are."""
     tensor = leaf if isinstance(leaf, torch.Tensor) else _from_array(array_of(leaf), leaf)
-    if tensor is not leaf and not isinstance(tensor, torch.Tensor):
-        return leaf
+    if not isinstance(tensor, torch.Tensor) or (keeps_maps and isinstance(leaf, np.memmap)):
+        return tensor
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != dtype else tensor
 
 

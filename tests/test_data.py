@@ -249,13 +249,25 @@ def test_unusual_memory_layouts_are_read_right(x):
     assert np.allclose(kt.Model(ToFloat()).predict(x, verbose=0), x)
 
 
-def test_memory_maps_are_read_without_loading_them(tmp_path, regressor):
-    x = np.memmap(tmp_path / "x", dtype=np.float32, mode="w+", shape=(40, 10))
-    x[:] = np.random.default_rng(0).random((40, 10))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_memory_maps_are_read_without_loading_them(dtype, tmp_path, regressor, monkeypatch):
+    x = np.memmap(tmp_path / "x", dtype=dtype, mode="w+", shape=(90, 10))
+    x[:] = np.random.default_rng(0).random((90, 10))
     x.flush()
-    mapped = np.memmap(tmp_path / "x", dtype=np.float32, mode="r", shape=(40, 10))
-    model = kt.Model(regressor)
-    assert np.array_equal(model.predict(mapped, verbose=0), model.predict(np.array(x), verbose=0))
+    mapped = np.memmap(tmp_path / "x", dtype=dtype, mode="r", shape=(90, 10))
+    y, twin = np.ones((90, 1)), copy.deepcopy(regressor)
+    whole = kt.Model(twin).compile("sgd", "mse")
+    expected = whole.fit(np.array(x), y, epochs=2, validation_split=0.1, verbose=0)
+    converted = []
+    original = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *a, **k: converted.append(self.numel()) or original(self, *a, **k)
+    )
+    model = kt.Model(regressor).compile("sgd", "mse")
+    history = model.fit(mapped, y.astype(np.float32), epochs=2, validation_split=0.1, verbose=0)
+    assert history.history == expected.history and reference.same_weights(regressor, twin)
+    assert max(converted) <= 320, "never more than a batch of 32 rows at once"
+    assert np.array_equal(model.predict(mapped, verbose=0), whole.predict(np.array(x), verbose=0))
 
 
 def test_a_float64_module_gets_float64():

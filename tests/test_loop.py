@@ -144,6 +144,14 @@ def test_ctrl_c_skips_the_validation_of_the_epoch_it_cut_short():
     assert ("on_test_begin",) not in calls and list(history.history) == ["loss"]
 
 
+def test_ctrl_c_ends_a_validation_whose_part_is_not_kept():
+    callback, calls = recorder(on_test_batch_end=lambda self, *_: os.kill(os.getpid(), signal.SIGINT))
+    _, history = run(callback, validation_data=(torch.rand(9, 3), torch.rand(9, 1)))
+    assert calls.count(("on_test_batch_begin", 0)) == 1 and ("on_test_batch_begin", 1) not in calls
+    assert calls[-4:] == [("on_test_end",), ("on_validation_end",), ("on_epoch_end", 0), ("on_train_end",)]
+    assert list(history.history) == ["loss"] and history.epoch == [0]
+
+
 def test_a_keyboard_interrupt_raised_by_the_data_ends_the_run_with_its_history():
     def data():
         yield torch.rand(4, 3), torch.rand(4, 1)
