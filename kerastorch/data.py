@@ -188,17 +188,8 @@ def _open_arrays(x: Any, y: Any, sample_weight: Any, reading: Reading) -> Data:
     if y is None and isinstance(x, Mapping):
         x, y, _ = unpack(x, reading.targets)
     samples = _common_length([(name, _length(leaf)) for name, leaf in _named_parts(x, y, sample_weight)])
-    for name, leaf in _named_parts(x, y, sample_weight):
-        warn_of_nan(name, leaf)
-    parts = to_tensors((x, y, sample_weight), reading.dtype, keeps_maps=True)
-    if reading.class_weight is not None:
-        parts = weighted(parts, class_table(reading.class_weight), reading.dtype)
-    return _gathering(parts, samples, reading)
-
-
-def _gathering(parts: Batch, samples: int, reading: Reading) -> Data:
+    parts, device = _in_memory((x, y, sample_weight), reading)
     batch_size = _batch_size(reading, parts[0], samples)
-    parts, device = _held(parts, reading)
 
     def batches(number: int) -> Iterator[Batch]:
         if reading.shuffle:
@@ -213,8 +204,13 @@ def _gathering(parts: Batch, samples: int, reading: Reading) -> Data:
     return Data(batches, steps=-(-samples // batch_size), targets=parts[1])
 
 
-def _held(parts: Batch, reading: Reading) -> tuple[Batch, torch.device]:
-    """The same tensors where the backend wants them kept, and the device that is."""
+def _in_memory(parts: Batch, reading: Reading) -> tuple[Batch, torch.device]:
+    """Tensors of all the data, where the backend wants them kept, and the device that is."""
+    for name, leaf in _named_parts(*parts):
+        warn_of_nan(name, leaf)
+    parts = to_tensors(parts, reading.dtype, keeps_maps=True)
+    if reading.class_weight is not None:
+        parts = weighted(parts, class_table(reading.class_weight), reading.dtype)
     held = iter(reading.hold(list(leaves(parts))))
     parts = map_structure(lambda _: next(held), parts)
     return parts, next(leaves(parts)).device
@@ -303,10 +299,7 @@ def _see_through(
     loader: DataLoader, tensors: list[torch.Tensor], subset: torch.Tensor | None, steps: int | None, reading: Reading
 ) -> Data:
     """The batches of a loader over tensors, gathered in one go instead of sample by sample, in the loader's order."""
-    parts = to_tensors(unpack(tensors), reading.dtype)
-    if reading.class_weight is not None:
-        parts = weighted(parts, class_table(reading.class_weight), reading.dtype)
-    parts, device = _held(parts, reading)
+    parts, device = _in_memory(unpack(tensors), reading)
 
     def batches(number: int) -> Iterator[Batch]:
         # The number that `iter(loader)` draws before its sampler draws: keeps order and model as in a loop by hand.
@@ -319,7 +312,13 @@ def _see_through(
                 rows = rows.pin_memory().to(device, non_blocking=True)
             yield take_x(rows), take_y and take_y(rows), take_weight and take_weight(rows)
 
-    return Data(batches, steps, targets=parts[1])
+    # A subset or a sampler of the user's own leaves some rows out, whose targets may be anything.
+    return Data(batches, steps, targets=parts[1] if subset is None and _has_torchs_sampler(loader) else None)
+
+
+def _has_torchs_sampler(loader: DataLoader) -> bool:
+    """Whether the loader was made with `shuffle=`: a batch sampler of the user's own leaves it without a batch size."""
+    return type(loader.sampler) in (RandomSampler, SequentialSampler) and loader.batch_size is not None
 
 
 def _is_plain(loader: DataLoader) -> bool:
@@ -442,7 +441,7 @@ def _loader_over(dataset: Dataset, like: DataLoader, *, shuffled: bool) -> DataL
         ValueError: `like` has a sampler or batch sampler of the user's own, which knows the old dataset only.
     """
     sampler = like.sampler
-    if type(sampler) not in (RandomSampler, SequentialSampler) or like.batch_size is None:
+    if not _has_torchs_sampler(like):
         raise ValueError(
             f"validation_split cannot cut a DataLoader with a {type(sampler).__name__} of its own. "
             f"Split its dataset and give the second part as validation_data."

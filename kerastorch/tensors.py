@@ -186,6 +186,10 @@ def class_table(class_weight: Mapping[int, float]) -> torch.Tensor:
     return table
 
 
+def _is_one_hot(y: torch.Tensor) -> bool:
+    return bool(((y == 0) | (y == 1)).all() & (y.sum(-1) == 1).all())
+
+
 def weighted(parts: Batch, table: torch.Tensor, dtype: torch.dtype) -> Batch:
     """The batch with each sample's weight multiplied by its class's from `class_table`."""
     x, y, weight = parts
@@ -193,8 +197,9 @@ def weighted(parts: Batch, table: torch.Tensor, dtype: torch.dtype) -> Batch:
         raise ValueError(
             f"class_weight needs one target tensor, got {type(y).__name__}. Give sample_weight for each output instead."
         )
-    # One-hot and probability targets have a column for each class, as in Keras.
-    classes = (y.argmax(-1) if y.ndim > 1 and y.shape[-1] > 1 and y.is_floating_point() else y).long()
+    # One-hot and probability targets have a column for each class, as in Keras; whole numbers may be tokens instead.
+    has_columns = y.ndim > 1 and y.shape[-1] > 1
+    classes = (y.argmax(-1) if has_columns and (y.is_floating_point() or _is_one_hot(y)) else y).long()
     classes = classes.squeeze(-1) if classes.ndim > 1 and classes.shape[-1] == 1 else classes
     last = len(table) - 1
     factor = table.to(y.device, dtype)[torch.where((classes < 0) | (classes > last), last, classes)]

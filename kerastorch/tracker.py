@@ -107,7 +107,7 @@ class Tracker:
         sums, pending, number, samples = self._sums, self._pending, len(self._pending), self._batch_samples
 
         def read() -> dict[str, float]:
-            if self._pending is pending and len(pending) == number and self._sums is sums:
+            if self._pending is pending and len(pending) == number:
                 self._flush()
                 return self._read(self._sums)
             return self._read(_add(sums, self._measure(pending[:number], samples)) if number else sums)

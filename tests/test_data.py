@@ -18,6 +18,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     Subset,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
     random_split,
@@ -202,6 +203,22 @@ def test_a_loader_over_tensors_calls_no_getitem(digits, monkeypatch, classifier)
     monkeypatch.setattr(TensorDataset, "__getitem__", None)
     loader = DataLoader(TensorDataset(*digits), 32)
     kt.Model(classifier).compile("sgd", "cross_entropy").fit(loader, verbose=0)
+
+
+@pytest.mark.parametrize(
+    "loader_over",
+    [
+        lambda data, rows: DataLoader(Subset(data, rows), 8),
+        lambda data, rows: DataLoader(data, 8, sampler=SubsetRandomSampler(rows)),
+        lambda data, rows: DataLoader(data, batch_sampler=BatchSampler(rows, 8, False)),
+    ],
+    ids=["subset", "sampler", "batch sampler"],
+)
+def test_targets_that_a_loader_leaves_out_may_be_anything(loader_over, digits):
+    x, y = digits
+    loader = loader_over(TensorDataset(x, y), (y < 3).nonzero().squeeze(1).tolist())
+    model = kt.Model(nn.Linear(64, 3)).compile("sgd", "cross_entropy")
+    assert np.isfinite(model.fit(loader, verbose=0).history["loss"][0])
 
 
 def test_a_subclass_of_tensor_dataset_is_not_seen_through(digits):
@@ -457,12 +474,13 @@ def test_class_and_sample_weights_multiply(classifier, digits):
     )
 
 
-def test_one_hot_targets_have_class_weights_too(classifier, digits):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_one_hot_targets_have_class_weights_too(dtype, classifier, digits):
     x, y = digits
     _, losses = weighted_by_hand(classifier, x, y, torch.where(y == 3, 2.0, 1.0))
     model = kt.Model(classifier).compile("sgd", "cross_entropy", lr=0.1)
     history = model.fit(
-        x, F.one_hot(y, 10).float(), class_weight={3: 2.0}, batch_size=SIZE, epochs=2, shuffle=False, verbose=0
+        x, F.one_hot(y, 10).to(dtype), class_weight={3: 2.0}, batch_size=SIZE, epochs=2, shuffle=False, verbose=0
     )
     assert history.history["loss"] == pytest.approx(losses, abs=1e-5)
 
@@ -538,6 +556,8 @@ def test_missing_values_are_named_once_by_column(regressor):
     with pytest.warns(UserWarning, match="x has 3 NaN in columns 4, 7") as caught:
         model.fit(DataLoader(Rows(torch.tensor(x), torch.ones(6, 1)), 6), epochs=2, verbose=0)
     assert len(caught) == 1
+    with pytest.warns(UserWarning, match="x has 3 NaN in columns 4, 7"):
+        model.fit(DataLoader(TensorDataset(torch.tensor(x), torch.ones(6, 1)), 6), verbose=0)
     with pytest.warns(UserWarning, match="y has 1 NaN"):
         model.evaluate(np.ones((2, 10)), np.array([[1.0], [np.nan]]), verbose=0)
 
