@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -53,6 +53,86 @@ def refuse_class_weight(class_weight: Any) -> None:
     pairs = class_weight.items() if isinstance(class_weight, Mapping) else ()
     if not pairs or not all(isinstance(i, Integral) and i >= 0 and isinstance(w, Real) for i, w in pairs):
         raise ValueError(f"class_weight={class_weight!r} is not {{class index: weight}}, such as {{0: 1.0, 1: 5.0}}.")
+
+
+def refuse_accumulation(accumulate: Any, microbatch: Any) -> None:
+    """`accumulate` must be a count or counts by epoch, from epoch 0 on; `microbatch` a count, "auto" or `None`."""
+    if isinstance(accumulate, Mapping):
+        counts = [*accumulate.values()]
+        if 0 not in accumulate:
+            raise ValueError(
+                f"accumulate={dict(accumulate)} says nothing about epoch 0. Give the first epochs a number of batches "
+                f"too, e.g. {{0: 1, ...}}."
+            )
+        if not all(_is_count(epoch, least=0) for epoch in accumulate):
+            raise ValueError(f"accumulate={dict(accumulate)} has keys that are no epochs. Count them from 0.")
+    else:
+        counts = [accumulate]
+    if not all(map(_is_count, counts)):
+        raise ValueError(
+            f"accumulate={accumulate!r} is no number of batches for a step. Give a whole number from 1 up, or "
+            f"{{epoch: number}}."
+        )
+    if microbatch is not None and microbatch != "auto" and not _is_count(microbatch):
+        raise ValueError(
+            f"microbatch={microbatch!r} is no number of samples. Give a whole number from 1 up, or 'auto'."
+        )
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def size_at(accumulate: int | Mapping[int, int], epoch: int) -> int:
+    """Batches for each optimizer step in this epoch."""
+    if isinstance(accumulate, Mapping):
+        return accumulate[max(start for start in accumulate if start <= epoch)]
+    return accumulate
+
+
+def refuse_pieces(tbptt_steps: int | None, has_own_step: bool, accumulate: Any, microbatch: Any) -> None:
+    """Steps that are not made of whole batches cannot be gathered or cut."""
+    gathers = accumulate != 1
+    if tbptt_steps is not None and (gathers or microbatch is not None):
+        given = f"accumulate={accumulate!r}" if gathers else f"microbatch={microbatch!r}"
+        raise ValueError(
+            f"{given} does not go with tbptt_steps={tbptt_steps}, where each piece of a batch is a step of its own. "
+            f"Give larger or smaller batches instead."
+        )
+    if has_own_step and microbatch is not None:
+        raise ValueError(
+            f"microbatch={microbatch!r} cannot cut a batch that your own train_step works on. Give a smaller "
+            f"batch_size and accumulate={accumulate if gathers else 2}."
+        )
+
+
+def refuse_gathering(optimizer: str, size_of: Callable[[int], int], microbatch: Any) -> None:
+    """An optimizer that evaluates the loss again needs the batch whole, and at once."""
+    if size_of(0) != 1 or microbatch is not None:
+        raise ValueError(
+            f"{optimizer} evaluates the loss several times a step, which does not go with accumulate or microbatch. "
+            f"Give a larger batch_size, or another optimizer."
+        )
+
+
+def refuse_combinations(compiled: Any, jit: Any, has_own_step: bool, has_own_loss: bool) -> None:
+    """What `compile` was given must fit what is overridden."""
+    if not compiled.is_single and not has_own_step:
+        raise ValueError(
+            "optimizer is a dict of several, but nothing says which loss is whose. Override train_step(self, batch) "
+            "and call self.backward(loss) and self.optimizer_step(name) in it, or give one optimizer."
+        )
+    overridden = "train_step" if has_own_step else "compute_loss"
+    if (has_own_step or has_own_loss) and jit:
+        raise ValueError(
+            f"jit={jit!r} compiles the module and the loss of compile, but {overridden} is overridden. Call "
+            f"torch.compile on what is slow in it, e.g. self.module.compile()."
+        )
+    if (has_own_step or has_own_loss) and compiled.tbptt_steps is not None:
+        raise ValueError(
+            f"tbptt_steps={compiled.tbptt_steps} cuts sequences for the loss of compile, but {overridden} is "
+            f"overridden. Cut them there, or give compile a loss."
+        )
 
 
 def refuse_unlike(targets: Any, validation_targets: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .history import History
-from .step import Recipe, evaluation_step, forward, train_step
+from .step import Recipe, close_windows, evaluation_step, forward, forward_backward, open_windows, optimizer_step
 from .structures import map_structure
 
 
@@ -27,7 +27,7 @@ def fit(
     steps_per_epoch: int | None,
     validate: Callable[[SimpleNamespace], dict[str, Any]] | None,
     is_validated: Callable[[int], bool],
-    step: Callable = train_step,
+    step: Callable = forward_backward,
 ) -> History:
     """Trains epoch by epoch.
 
@@ -39,7 +39,7 @@ def fit(
         epochs: Numbers of the epochs, 0-based.
         steps_per_epoch: Batches asked for in each epoch; `None` = all there are.
         validate: Called where `is_validated(epoch)`: runs the validation and returns its logs.
-        step: `train_step`, or `closure_step` where the optimizer evaluates the loss itself.
+        step: `forward_backward` or what stands for it: called with recipe and batch, says whether the optimizer is due.
     """
     hooks, logs = training.hooks, {}
     with _interruptible() as interruption, announced_errors(hooks):
@@ -48,12 +48,13 @@ def fit(
         for epoch in epochs:
             for hook in hooks.on_epoch_begin:
                 hook(epoch, {})
+            open_windows(training, epoch)
             steps = train_epoch(model, training, step, epoch_batches(), interruption)
             if steps == 0:
                 if not interruption.requested:
                     _say_that_data_ended(epoch, history)
                 break
-            logs = training.tracker.result()
+            logs = training.tracker.result() | training.rates
             if validate is not None and is_validated(epoch) and not interruption.requested:
                 for hook in hooks.on_validation_begin:
                     hook({})
@@ -62,6 +63,9 @@ def fit(
                     hook(values)
                 if not interruption.requested:  # else they are means over a part of the data
                     logs |= {f"val_{name}": value for name, value in values.items()}
+            for update in training.updates.values():
+                if update.schedule is not None:
+                    update.schedule.after_epoch(logs)
             for hook in hooks.on_epoch_end:
                 hook(epoch, logs)
             history.record(epoch, logs)
@@ -81,16 +85,17 @@ def fit(
 def train_epoch(model: Any, training: Recipe, step: Callable, batches: Iterable, interruption: SimpleNamespace) -> int:
     """Trains on each batch of one epoch and returns how many there were."""
     hooks, tracker = training.hooks, training.tracker
-    training.module.train()
+    set_modes(training)
     tracker.reset()
     index = -1
     try:
         for index, batch in enumerate(batches):
             for hook in hooks.on_train_batch_begin:
                 hook(index, {})
-            step(training, batch)
+            if step(training, batch):
+                optimizer_step(training, training.updates[""])
             if hooks.on_train_batch_end:
-                logs = tracker.logs()
+                logs = tracker.logs(training.rates)
                 for hook in hooks.on_train_batch_end:
                     hook(index, logs)
             if model.stop_training or interruption.requested:
@@ -99,7 +104,15 @@ def train_epoch(model: Any, training: Recipe, step: Callable, batches: Iterable,
         if interruption.requested:  # the second one: at once
             raise
         interruption.requested = True
+    close_windows(training)
     return index + 1
+
+
+def set_modes(training: Recipe) -> None:
+    """Train mode for the module, but for what is frozen."""
+    training.module.train()
+    for part in training.frozen:
+        part.eval()
 
 
 @torch.no_grad()
@@ -116,7 +129,7 @@ def evaluate(evaluation: Recipe, batches: Iterable, interruption: SimpleNamespac
             hook(index, {})
         evaluation_step(evaluation, batch)
         if hooks.on_test_batch_end:
-            logs = tracker.logs()
+            logs = tracker.logs({})
             for hook in hooks.on_test_batch_end:
                 hook(index, logs)
         if interruption is not None and interruption.requested:
@@ -130,8 +143,8 @@ def evaluate(evaluation: Recipe, batches: Iterable, interruption: SimpleNamespac
 
 
 @torch.no_grad()
-def predict(module: torch.nn.Module, hooks: Any, batches: Iterable) -> list[Any]:
-    """What the module returns for each batch, moved to the CPU batch by batch."""
+def predict(module: torch.nn.Module, network: Callable, hooks: Any, batches: Iterable) -> list[Any]:
+    """What the network, which is the module in its precision, returns for each batch, moved to the CPU at once."""
     module.eval()
     outputs = []
     for hook in hooks.on_predict_begin:
@@ -140,7 +153,7 @@ def predict(module: torch.nn.Module, hooks: Any, batches: Iterable) -> list[Any]
         for hook in hooks.on_predict_batch_begin:
             hook(index, {})
         outputs.append(
-            map_structure(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, forward(module, x))
+            map_structure(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, forward(network, x))
         )
         for hook in hooks.on_predict_batch_end:
             hook(index, {"outputs": outputs[-1]})

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +132,22 @@ LOGIT_MODULES = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMar
 MARGIN_FUNCTIONS = (_hinge, _squared_hinge, F.soft_margin_loss, F.multilabel_margin_loss)
 
 
+class Share(NamedTuple):
+    """A mean loss and what it is the mean over, which is how much it counts beside those of other batches.
+
+    Attributes:
+        name: Shares of one name are means over the same: samples, say, or one output's unmasked targets.
+        loss: The mean, with a graph.
+        count: How many it is the mean over: an int, or a tensor on the device; `None` = it is a sum.
+        most: `count` if nothing is masked.
+    """
+
+    name: str
+    loss: Tensor
+    count: int | Tensor | None
+    most: int
+
+
 class Loss:
     """One loss on one output.
 
@@ -138,25 +155,37 @@ class Loss:
         name: How messages call it.
         targets: `CLASSES`, `VALUES`, or `None` where nothing is known of a user's own function.
         ignore_index: Class index whose targets do not count, or `None` where the loss knows no such thing.
+        class_weights: What torch's own `weight=` multiplies each class's losses with, shape (classes,); `None` = 1.
+        is_sum: Whether it is a sum, not a mean.
         on_logits: Whether the output is expected to be logits, not probabilities.
         threshold: Above which a single output says yes: 0 for logits and margins, else 0.5.
     """
 
     def __init__(self, function: Callable[..., Tensor], name: str, targets: str | None = None) -> None:
         self.function, self.name, self.targets = function, name, targets
-        self.ignore_index: int | None = None
-        if function in (F.cross_entropy, F.nll_loss):
-            self.ignore_index = -100
-        elif isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)):
-            self.ignore_index = function.ignore_index
-        self.on_logits = function in LOGIT_FUNCTIONS or isinstance(function, LOGIT_MODULES)
-        is_known = targets is not None and not self.on_logits and function not in MARGIN_FUNCTIONS
+        bare = function.func if isinstance(function, functools.partial) else function
+        options = function.keywords if isinstance(function, functools.partial) else getattr(function, "__dict__", {})
+        has_classes = bare in (F.cross_entropy, F.nll_loss) or isinstance(bare, (nn.CrossEntropyLoss, nn.NLLLoss))
+        self.ignore_index: int | None = options.get("ignore_index", -100) if has_classes else None
+        self._class_weights = options.get("weight") if has_classes and not isinstance(bare, nn.Module) else None
+        self.is_sum = options.get("reduction") == "sum"
+        self.on_logits = bare in LOGIT_FUNCTIONS or isinstance(bare, LOGIT_MODULES)
+        is_known = targets is not None and not self.on_logits and bare not in MARGIN_FUNCTIONS
         self.threshold = 0.5 if is_known else 0.0
         self.is_unchecked, self._known_targets, self.has_warned = True, (), False
+        self._may_be_masked = True
+
+    @property
+    def class_weights(self) -> Tensor | None:
+        # Asked of the module each time: it may have been moved to another device.
+        if isinstance(self.function, (nn.CrossEntropyLoss, nn.NLLLoss)):
+            return self.function.weight if self.function.reduction == "mean" else None
+        return self._class_weights
 
     def expect(self, *targets: Tensor | None) -> None:
         """Checks again at the next call, on it and on all `targets`, those of the whole run where they are known."""
         self.is_unchecked, self._known_targets = True, tuple(known for known in targets if known is not None)
+        self._may_be_masked = not targets or len(self._known_targets) < len(targets)
 
     def __call__(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """The mean loss, a scalar.
@@ -186,7 +215,7 @@ class Loss:
         return self._mean(losses * weight, output, target)
 
     def _mean(self, losses: Tensor, output: Tensor, target: Tensor) -> Tensor:
-        if getattr(self.function, "reduction", None) == "sum":  # a module of the user's that asks for it
+        if self.is_sum:
             return losses.sum()
         units = self.units(target[None])[0] if self.masks(output, target) else losses.numel()
         return losses.sum() / units
@@ -215,11 +244,33 @@ class Loss:
         return self.ignore_index is not None and output.shape != target.shape
 
     def units(self, targets: Tensor) -> Tensor:
-        """How many targets of each batch are not ignored: shape (batches, samples, ...) -> (batches,)."""
-        return (targets != self.ignore_index).flatten(1).sum(1)
+        """How many targets of each batch are not ignored: shape (batches, samples, ...) -> (batches,).
+
+        With torch's own class weights, of which its mean is a weighted one, each counts as its class weighs.
+        """
+        is_counted = targets != self.ignore_index
+        if (weights := self.class_weights) is not None:
+            is_counted = weights[torch.where(is_counted, targets, 0).long()] * is_counted
+        return is_counted.flatten(1).sum(1)
+
+    def shares(self, loss: Tensor, output: Any, batch: tuple[Any, Any, Any], samples: int) -> list[Share]:
+        """What `loss`, just computed from `output` and the batch `(x, target, weight)`, is the mean over."""
+        return [Share("", loss, *self.count(output, batch[1], samples))]
+
+    def count(self, output: Any, target: Any, samples: int) -> tuple[int | Tensor | None, int]:
+        """`count` and `most` of a `Share`."""
+        if self.is_sum:
+            return None, 1
+        if not self.masks(output, target):
+            return samples, samples
+        if self._may_be_masked or self.class_weights is not None:
+            return self.units(target[None])[0], target.numel()
+        return target.numel(), target.numel()
 
     def _check_first(self, output: Any, target: Any) -> None:
         known, self._known_targets, self.is_unchecked = self._known_targets, (), False
+        if self.ignore_index is not None:
+            self._may_be_masked = self._may_be_masked or any(bool((all_ == self.ignore_index).any()) for all_ in known)
         if target is None:
             raise ValueError(
                 f"the data has no targets, but loss={self.name!r} needs them. Give y, let batches be (x, y), or name "
@@ -261,11 +312,17 @@ class SumOfLosses:
         weights: Name of the output -> factor in the sum.
         keys: Name of the output -> where it is found in outputs and targets: a key of a dict, an index of a tuple.
         latest: Name of the output -> its mean loss in the last call, not weighted against the others.
+        is_gathered: Whether `shares` will be asked for after each call.
     """
 
     def __init__(self, parts: dict[str, Loss], weights: dict[str, float], keys: dict[str, Any]) -> None:
         self.parts, self.weights, self.keys = parts, weights, keys
         self.latest: dict[str, Tensor] = {}
+        self.is_gathered, self._terms = False, {}
+
+    @property
+    def is_unchecked(self) -> bool:
+        return any(loss.is_unchecked for loss in self.parts.values())
 
     def expect(self, *targets: Any) -> None:
         for name, loss in self.parts.items():
@@ -284,30 +341,88 @@ class SumOfLosses:
             for name, loss in self.parts.items()
         }
         self.latest = {name: loss.detach() for name, loss in losses.items()}
+        self._terms = losses if self.is_gathered else {}  # a graph must not outlive its step
         return sum(loss * self.weights[name] for name, loss in losses.items())
 
+    def shares(self, loss: Tensor, output: Any, batch: tuple[Any, Any, Any], samples: int) -> list[Share]:
+        """What `loss`, just computed, is the sum of: means over the samples in one, each other mean for itself."""
+        found: dict[str, Share] = {}
+        for name, part in self.parts.items():
+            key = self.keys[name]
+            count, most = part.count(_part(output, key, "outputs"), _part(batch[1], key, "targets"), samples)
+            is_of_samples = not isinstance(count, Tensor) and count == samples
+            share = "sums" if count is None else "samples" if is_of_samples else name
+            weighted = self._terms.pop(name) * self.weights[name]
+            before = found.get(share)
+            found[share] = Share(share, weighted if before is None else before.loss + weighted, count, most)
+        return [*found.values()]
 
-def own_loss(output: Any, target: Any = None, weight: Any = None) -> Tensor:
-    """The loss that a module computed itself: its scalar output, or `.loss` or `["loss"]` of it.
 
-    Raises:
-        ValueError: there is none, or there are weights, which only the module could heed.
+class OwnLoss:
+    """The loss that a module computed itself: its scalar output, or `.loss`, `["loss"]` or the one scalar of it.
+
+    It is taken to be a mean over the samples, or over the tokens where targets are indices of tokens, of which those
+    below 0 are masked (-100 is Transformers', -1 nanoGPT's).
+
+    Args:
+        module: Who computes it. Transformers' causal language models predict no first token, and none is counted.
+    Attributes:
+        latest: Other scalars that the module returned beside the last loss, by name.
     """
-    if weight is not None:
-        raise ValueError(
-            "sample_weight and class_weight were given, but with loss=None the module computes its loss itself. "
-            "Weigh the samples in the module, or give compile a loss."
-        )
-    if isinstance(output, Tensor):
-        loss = output
-    else:
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        raise ValueError(
-            f"loss=None means that the module returns its own loss, but it returned "
-            f"{_describe(output)}. Return a scalar or something with a scalar .loss, or give compile a loss."
-        )
-    return loss
+
+    is_unchecked = False
+
+    def __init__(self, module: nn.Module) -> None:
+        self._skipped_tokens = 1 if getattr(module, "loss_type", None) == "ForCausalLM" else 0
+        self.latest: dict[str, Tensor] = {}
+
+    def expect(self, *targets: Any) -> None:
+        """Nothing to check: only the module knows its targets."""
+
+    def __call__(self, output: Any, target: Any = None, weight: Any = None) -> Tensor:
+        """
+        Raises:
+            ValueError: there is none, or there are weights, which only the module could heed.
+        """
+        if weight is not None:
+            raise ValueError(
+                "sample_weight and class_weight were given, but with loss=None the module computes its loss itself. "
+                "Weigh the samples in the module, or give compile a loss."
+            )
+        if isinstance(output, Tensor):
+            loss = output
+        elif isinstance(output, tuple) and not hasattr(output, "_fields"):
+            scalars = [part for part in output if isinstance(part, Tensor) and part.ndim == 0]
+            loss = scalars[0] if len(scalars) == 1 else None
+        else:
+            loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            raise ValueError(
+                f"loss=None means that the module returns its own loss, but it returned {_describe(output)}. Return a "
+                f"scalar or something with a scalar .loss, give compile a loss, or override compute_loss."
+            )
+        if isinstance(output, Mapping):
+            self.latest = {
+                str(name): part
+                for name, part in output.items()
+                if name != "loss" and isinstance(part, Tensor) and part.ndim == 0
+            }
+        return loss
+
+    def masks(self, output: Any, target: Any) -> bool:
+        """Whether the loss is a mean over tokens, of which some may be masked."""
+        return isinstance(target, Tensor) and target.ndim >= 2 and not target.is_floating_point()
+
+    def units(self, targets: Tensor) -> Tensor:
+        """How many tokens of each batch are not masked: shape (batches, samples, ...) -> (batches,)."""
+        return (targets[..., self._skipped_tokens :] >= 0).flatten(1).sum(1)
+
+    def shares(self, loss: Tensor, output: Any, batch: tuple[Any, Any, Any], samples: int) -> list[Share]:
+        """What the loss is the mean over."""
+        target = batch[1]
+        if not self.masks(output, target):
+            return [Share("", loss, samples, samples)]
+        return [Share("", loss, self.units(target[None])[0], target.numel())]
 
 
 def get(loss: Any) -> Loss | SumOfLosses | None:
@@ -345,6 +460,13 @@ def _sum_of(losses: dict[str, Any], keys: dict[str, Any]) -> SumOfLosses:
     )
 
 
+def place(loss: Loss | SumOfLosses | None, device: torch.device) -> None:
+    """Moves what losses have of tensors (`nn.CrossEntropyLoss(weight=...)`) to the device, in place."""
+    for part in loss.parts.values() if isinstance(loss, SumOfLosses) else (loss,) if loss is not None else ():
+        if isinstance(part.function, nn.Module):
+            part.function.to(device)
+
+
 def _one(loss: Any) -> Loss:
     if isinstance(loss, str):
         if (known := known_name(loss)) is None:
@@ -356,8 +478,9 @@ def _one(loss: Any) -> Loss:
         kind = CLASSES if isinstance(loss, CLASS_MODULES) else VALUES if isinstance(loss, VALUE_MODULES) else None
         return Loss(loss, type(loss).__name__, kind)
     if callable(loss):
-        known = next((kind for function, kind in FUNCTIONS.values() if function is loss), None)
-        return Loss(loss, getattr(loss, "__name__", type(loss).__name__), known)
+        bare = loss.func if isinstance(loss, functools.partial) else loss
+        known = next((kind for function, kind in FUNCTIONS.values() if function is bare), None)
+        return Loss(loss, getattr(bare, "__name__", type(loss).__name__), known)
     raise TypeError(
         f"loss={loss!r} is a {type(loss).__name__}; expected a name, an nn.Module, a callable (output, target), "
         f"or a dict or list of these."

@@ -20,14 +20,20 @@ from torch.nn.parameter import UninitializedParameter
 from . import backends, checks, loop, optimizers
 from . import losses as named_losses
 from . import metrics as named_metrics
+from . import precision as precisions
 from .callbacks.base import hooks_of
 from .callbacks.progress import is_notebook, progress_for
+from .compilation import Compiled
 from .data import Data, Reading, open_data, peek, split_tail
 from .history import History
-from .losses import own_loss
-from .step import Recipe, closure_step, forward, train_step
+from .microbatch import PiecewiseStep
+from .overrides import OwnStep
+from .patterns import norms_inside, parameters_of
+from .precision import scaled_backward
+from .step import Recipe, closure_step, forward, forward_backward, optimizer_step, samples_in
 from .structures import join, leaves, map_structure
 from .summary import Summary, summarize
+from .tbptt import TruncatedStep
 from .tensors import is_array, is_arrays, is_numbers, to_tensor
 from .tracker import Tracker, copies
 
@@ -42,7 +48,8 @@ class Model:
     Attributes:
         module: The module.
         history: The `History` of the last `fit`; `None` before the first.
-        optimizer: The torch optimizer; `None` before `compile`, and before a lazy module has seen its first batch.
+        optimizer: The torch optimizer, or a dict of them where `compile` was given several; `None` before `compile`,
+            and before a lazy module has seen its first batch.
         stop_training: Set to `True`, by a callback say, to end the run after the running batch.
         epochs_trained: Epochs finished over all calls of `fit`: the order of the next epoch depends on it.
     Example:
@@ -58,50 +65,121 @@ class Model:
         self.backend = backends.get(backend)
         self.module = self.backend.place(module)
         self.history: History | None = None
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer: torch.optim.Optimizer | dict[str, torch.optim.Optimizer] | None = None
         self.stop_training = False
         self.epochs_trained = 0
-        self._make_optimizer: Callable[[], torch.optim.Optimizer] | None = None
-        self._loss: named_losses.Loss | named_losses.SumOfLosses | None = None
+        self._compiled: Compiled | None = None
+        self._frozen: list[nn.Module] = []
+        self._own_dtype: torch.dtype | None = None  # the module's, where a precision has changed it
         self._training_tracker: Tracker | None = None
         self._evaluation_tracker: Tracker | None = None
-        self._tracker: Tracker | None = None  # the one of the two that runs
+        self._running: Recipe | None = None
+        self._own_step: OwnStep | None = None
+        self._training_data: Data | None = None
+        self._output: Any = None
 
     # Choosing.
 
     def compile(
-        self, optimizer: Any = "adam", loss: Any = None, *, metrics: Any = (), lr: float | None = None
+        self,
+        optimizer: Any = "adam",
+        loss: Any = None,
+        *,
+        metrics: Any = (),
+        precision: str | int = "32",
+        clip: float | tuple[str, float] | None = None,
+        lr: float | Mapping[str, float] | None = None,
+        schedule: Any = None,
+        jit: bool | str = False,
+        tbptt_steps: int | None = None,
     ) -> Model:
         """Chooses how the module is trained and measured; a second call starts over with a new optimizer.
 
         Args:
             optimizer: Name of any class in `torch.optim` (any case), a class or `functools.partial` of one, an
-                instance, or a callable `params -> Optimizer`. Default: `"adam"`.
+                instance, or a callable `params -> Optimizer`; a dict of these by the names of submodules, with
+                `train_step` overridden. Default: `"adam"`.
             loss: A torch name (`"cross_entropy"`, `"mse"`, `"bce_with_logits"`, ...) or Keras's
                 (`"sparse_categorical_crossentropy"`, ...), always on logits; an `nn.Module`; a callable
                 `(output, target) -> tensor`; for several outputs a dict or list of these, each optionally
                 `(loss, weight)`. `None` = the module returns its own loss. Default: `None`.
             metrics: Names, callables `(output, target) -> scalar or per-sample tensor`, torchmetrics objects; for
                 several outputs a dict or list of lists of these. Default: none.
-            lr: Learning rate; `None` = the optimizer's own default.
+            precision: `"32"`, `"tf32"`, `"16"` and `"bf16"` (autocast), `"16-true"`, `"bf16-true"`, `"64"` (the
+                module is cast). Default: `"32"`, the module's own dtype.
+            clip: Bound of the gradients' global norm before each step, or `("value", bound)`. Default: none.
+            lr: Learning rate, or `{pattern of parameter names: rate}`, the first that fits deciding; for several
+                optimizers also by their names. `None` = the optimizer's own default.
+            schedule: `"one_cycle"`, `"cosine"`, `"linear"`, `"triangular"`, ..., with options from
+                `kerastorch.schedules`: moves the rate each step over the run's length; a callable `optimizer ->
+                LRScheduler` is stepped each epoch, `("step", callable)` each step. Default: none.
+            jit: `True` or a mode of `torch.compile` compiles module and loss. Default: `False`.
+            tbptt_steps: Truncated backpropagation through time: sequences are cut along dim 1 into pieces so long, with
+                an optimizer step each; the module is `(x, state) -> (output, state)`. Default: not cut.
         Returns:
             The model, so that `kt.Model(net).compile("adam", "mse").fit(x, y)` is one line.
         Raises:
-            ValueError: an unknown name, an impossible rate, or an optimizer of other parameters.
+            ValueError: an unknown name, an impossible rate, an optimizer of other parameters, several optimizers
+                without a `train_step`, a precision that the device cannot do.
             TypeError: an argument of a type not named above.
         """
-        chosen_loss = named_losses.get(loss)
-        chosen_metrics = named_metrics.get(metrics, chosen_loss)
-        make_optimizer = optimizers.maker(optimizer, lr)
+        checks.refuse_nonpositive(tbptt_steps=tbptt_steps)
+        compiled = Compiled(
+            self.module,
+            self.backend.device,
+            optimizer=optimizer,
+            loss=loss,
+            precision_name=precision,
+            clip=clip,
+            lr=lr,
+            schedule=schedule,
+            jit=jit,
+            tbptt_steps=tbptt_steps,
+        )
+        checks.refuse_combinations(compiled, jit, self._overrides("train_step"), self._overrides("compute_loss"))
+        chosen_metrics = named_metrics.get(metrics, None if compiled.has_own_loss else compiled.loss)
         # A lazy module has no parameters yet, and a module without any can still be evaluated.
         waits = _is_lazy(self.module) or not any(True for _ in self.module.parameters())
-        self.optimizer = None if waits else make_optimizer(self.module)
-        self._make_optimizer = make_optimizer
-        self._loss = chosen_loss
+        if not waits:
+            compiled.make_updates()
+        self._cast(compiled.precision)
+        own_loss = self._own_loss if self._overrides("compute_loss") else None
+        compiled.settle(own_loss, self._take_output, bool(chosen_metrics))
+        self._compiled, self.optimizer = compiled, compiled.optimizer
         # Two states: validation never counts into the running epoch. The user's own objects hold the evaluation's.
-        self._training_tracker = Tracker(self._loss, copies(chosen_metrics), self.backend.device)
-        self._evaluation_tracker = Tracker(self._loss, chosen_metrics, self.backend.device)
-        named_losses.warn_of_final_softmax(self.module, chosen_loss)
+        self._training_tracker = Tracker(compiled.loss, copies(chosen_metrics), self.backend.device)
+        self._evaluation_tracker = Tracker(compiled.loss, chosen_metrics, self.backend.device)
+        named_losses.warn_of_final_softmax(self.module, compiled.loss)
+        return self
+
+    def freeze(self, *patterns: str) -> Model:
+        """Stops the training of parameters: they keep their values, and frozen BatchNorm its statistics.
+
+        Args:
+            patterns: Names of parameters or submodules, or globs of them: `"backbone"`, `"layers.*.bias"`.
+        Returns:
+            The model.
+        Raises:
+            ValueError: a pattern that fits nothing.
+        Example:
+            >>> model = Model(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1)), backend="cpu").freeze("0")
+            >>> [name for name, parameter in model.module.named_parameters() if parameter.requires_grad]
+            ['1.weight', '1.bias']
+        """
+        for parameter in parameters_of(self.module, patterns, "freeze").values():
+            parameter.requires_grad_(False)
+        frozen = [parameter for parameter in self.module.parameters() if not parameter.requires_grad]
+        found = norms_inside(self.module, frozen, patterns)
+        self._frozen += [part for part in found if part not in self._frozen]
+        return self
+
+    def unfreeze(self, *patterns: str) -> Model:
+        """Trains parameters (again); arguments and result as in `freeze`. They are in the optimizer already."""
+        found = parameters_of(self.module, patterns, "unfreeze").values()
+        for parameter in found:
+            parameter.requires_grad_(True)
+        thawed = norms_inside(self.module, found, patterns)
+        self._frozen[:] = [part for part in self._frozen if not any(part is other for other in thawed)]
         return self
 
     # Training.
@@ -113,6 +191,8 @@ class Model:
         *,
         epochs: int = 1,
         batch_size: int | None = None,
+        accumulate: int | Mapping[int, int] = 1,
+        microbatch: int | str | None = None,
         callbacks: Any = (),
         validation_data: Any = None,
         validation_split: float = 0.0,
@@ -136,6 +216,10 @@ class Model:
             epochs: Number of the epoch to end before, as in Keras: with `initial_epoch=2`, `epochs=5` trains three.
             batch_size: Samples in a batch of arrays or a dataset; `None` = 32, beside `steps_per_epoch` too (Keras
                 divides the samples by the steps there). Loaders bring their own.
+            accumulate: Batches for each optimizer step, whose gradient is that of one large batch; or
+                `{epoch: batches}`, from that epoch on, 0-based: `{0: 8, 4: 4}`.
+            microbatch: Samples that fit into memory at once: batches go through in pieces of so many, with the same
+                result (but for BatchNorm, which sees the pieces); `"auto"` = halve on out-of-memory. `None` = whole.
             callbacks: `Callback`s, or Keras's.
             validation_data: Any form that `data` may have. Default: none.
             validation_split: Share of the samples cut off the end, before shuffling, to validate on.
@@ -161,6 +245,8 @@ class Model:
         checks.refuse_validation(validation_split, validation_freq)
         checks.refuse_initial_epoch(initial_epoch)
         checks.refuse_class_weight(class_weight)
+        checks.refuse_accumulation(accumulate, microbatch)
+        checks.refuse_pieces(self._compiled.tbptt_steps, self._overrides("train_step"), accumulate, microbatch)
         callbacks, epoch_numbers = _as_list(callbacks), range(initial_epoch, epochs)
 
         source = data, y, sample_weight
@@ -176,14 +262,18 @@ class Model:
             checks.refuse_unlike(training_data.targets, validation.targets)
             checks.refuse_second_pass(validation.repeats, validation_steps, epoch_numbers, validation_freq)
 
-        params = {"verbose": verbose, "epochs": epochs, "steps": steps_per_epoch or training_data.steps}
-        checks.refuse_unknown_monitors(callbacks, self._training_tracker.keys(), validation is not None)
+        batches = steps_per_epoch or training_data.steps
+        params = {"verbose": verbose, "epochs": epochs, "steps": batches}
+        if not self._logs_names_of_its_own():
+            checks.refuse_unknown_monitors(callbacks, self._training_tracker.keys(), validation is not None)
         hooks = self._hooks(callbacks, verbose, params)
         training_data = self._with_optimizer(training_data)
-        training = self._recipe(self._training_tracker, hooks)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
-        self._expect(training_data.targets, None if validation is None else validation.targets)
-        with _running(self.module), self._as_before_unless_trained(training), self._shown(self._training_tracker):
+        training = self._training_recipe(self._training_tracker, hooks, accumulate, batches, microbatch)
+        step = self._step(training, microbatch)
+        self._expect(*(opened.targets for opened in (training_data, validation) if opened is not None))
+        self._begin_schedules(self._pieces_in(training_data, batches), accumulate, epochs, initial_epoch)
+        with self._run(training, training_data):
             self.history, self.stop_training = History(params), False
             self.epochs_trained = max(self.epochs_trained, initial_epoch)
             history = loop.fit(
@@ -195,7 +285,7 @@ class Model:
                 steps_per_epoch=steps_per_epoch,
                 validate=validation and partial(self._validate, evaluation, validation, validation_steps),
                 is_validated=partial(checks.is_due, freq=validation_freq),
-                step=self._step(),
+                step=step,
             )
             self.history = history  # again: Keras's History puts itself there
         return history
@@ -227,12 +317,17 @@ class Model:
         checks.refuse_class_weight(class_weight)
         reading = self._reading(_samples_in(x), class_weight=class_weight)
         batch = self._with_optimizer(open_data((x, y), None, sample_weight, reading))
-        training = self._recipe(self._evaluation_tracker, NO_HOOKS)
+        training = self._training_recipe(self._evaluation_tracker, NO_HOOKS, accumulate=1, batches=1)
+        step = self._step(training)
         self._evaluation_tracker.reset()
         self._expect(batch.targets)
-        with _running(self.module), self._as_before_unless_trained(training):
-            self.module.train()
-            self._step()(training, next(self._batches(batch.batches(0))))
+        for update in self._compiled.updates.values():
+            if update.schedule is not None and not update.schedule.has_begun:
+                update.schedule.begin(None)
+        with self._run(training, batch):
+            loop.set_modes(training)
+            if step(training, next(self._batches(batch.batches(0)))):
+                optimizer_step(training, training.updates[""])
         return _returned(self._evaluation_tracker.result(), return_dict)
 
     # Measuring.
@@ -271,10 +366,9 @@ class Model:
         opened = open_data(data, y, sample_weight, self._reading(batch_size, may_enlarge=may_enlarge))
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
         self._expect(opened.targets)
-        with _running(self.module), self._shown(self._evaluation_tracker), loop.announced_errors(hooks):
-            logs = loop.evaluate(
-                self._recipe(self._evaluation_tracker, hooks), self._batches(islice(opened.batches(0), steps))
-            )
+        evaluation = self._recipe(self._evaluation_tracker, hooks)
+        with self._computing(), self._shown(evaluation), loop.announced_errors(hooks):
+            logs = loop.evaluate(evaluation, self._batches(islice(opened.batches(0), steps)))
         return _returned(logs, return_dict)
 
     def test_on_batch(
@@ -315,8 +409,9 @@ class Model:
         wants_numpy = is_arrays(data) and not any(isinstance(leaf, Tensor) for leaf in leaves(data))
         opened = open_data(self._inputs(data), None, None, self._reading(batch_size, may_enlarge=may_enlarge))
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
-        with _running(self.module), loop.announced_errors(hooks):
-            outputs = loop.predict(self.module, hooks, self.backend.feed(islice(opened.batches(0), steps)))
+        with self._computing(), loop.announced_errors(hooks):
+            batches = self.backend.feed(islice(opened.batches(0), steps))
+            outputs = loop.predict(self.module, self._network(), hooks, batches)
         if not outputs:
             raise ValueError("the data is empty: it gave no batch, expected at least one.")
         joined = join(outputs, _concatenated)
@@ -331,8 +426,9 @@ class Model:
         tensors = map_structure(
             lambda leaf: self.backend.move(to_tensor(leaf, _dtype_of(self.module))), (inputs, named_inputs)
         )
-        with _running(self.module), torch.no_grad():
-            return self.module.eval()(*tensors[0], **tensors[1])
+        with self._computing(), torch.no_grad():
+            self.module.eval()
+            return self._network()(*tensors[0], **tensors[1])
 
     def summary(
         self,
@@ -364,7 +460,136 @@ class Model:
     @property
     def samples_seen(self) -> int:
         """Samples of the running epoch or evaluation so far."""
-        return 0 if self._tracker is None else self._tracker.samples
+        return 0 if self._running is None else self._running.tracker.samples
+
+    @property
+    def gradient_norm(self) -> Tensor | dict[str, Tensor] | None:
+        """Norm of the last step's gradients before they were clipped, a scalar on the device.
+
+        Of each optimizer by its name where there are several; `None` where no norm is clipped.
+        """
+        norms = {name: update.gradient_norm for name, update in self._updates().items()}
+        return norms.get("") if "" in norms or not norms else norms
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps left out since `compile` for gradients that overflowed in fp16; read from the device."""
+        steps = (update.scaled_step for update in self._updates().values())
+        return sum(int(step.skipped) for step in steps if step is not None)
+
+    def change_schedule(self, schedule: Any) -> None:
+        """Has the learning rate follow another schedule until the running `fit` ends; for callbacks.
+
+        Args:
+            schedule: As in `compile`, but none over the run's length; `None` = the rate stays where it is.
+        """
+        self._compiled.change_schedule(schedule)
+
+    def training_batches(self) -> Iterator[tuple]:
+        """One pass over the training data of the running `fit`: `(x, y, weight)` on the device; for callbacks.
+
+        Raises:
+            RuntimeError: no `fit` is running.
+            ValueError: the data is a generator, which cannot be gone through again.
+        """
+        if self._training_data is None:
+            raise RuntimeError("training_batches was called outside of fit. Call it in a hook of a callback.")
+        if not self._training_data.repeats:
+            raise ValueError(
+                "the training data is a generator, which cannot be gone through again. Give fit a list, a DataLoader, "
+                "or a callable that makes a new generator."
+            )
+        return self._batches(self._training_data.batches(self.epochs_trained))
+
+    def _updates(self) -> dict[str, Any]:
+        return {} if self._compiled is None else self._compiled.updates
+
+    # What can be overridden, and what overrides use.
+
+    def compute_loss(self, batch: tuple) -> Tensor:
+        """The loss of a batch; override it to compute another one, for training and evaluation.
+
+        Args:
+            batch: `(x, y)` on the device, `y=None` where there is none; `(x, y, weight)` where there are weights.
+        Returns:
+            The mean over the samples, a scalar; an override with metrics returns `(loss, output)`, or calls this one.
+        Example:
+            >>> class Regularized(Model):
+            ...     def compute_loss(self, batch):
+            ...         penalty = sum(parameter.abs().sum() for parameter in self.module.parameters())
+            ...         self.log("penalty", penalty)
+            ...         return super().compute_loss(batch) + 1e-4 * penalty
+        """
+        x, y, weight = (*batch, None)[:3]
+        self._output, loss = self._compiled.plain(x, y, weight)
+        return loss
+
+    def train_step(self, batch: tuple) -> Mapping[str, Any] | None:
+        """What is done with a batch; override it for several optimizers, or several losses.
+
+        Args:
+            batch: As in `compute_loss`.
+        Returns:
+            `None`, or values to `log` by their names.
+        Example:
+            >>> class Twins(Model):
+            ...     def train_step(self, batch):
+            ...         x, y = batch
+            ...         for name in ("left", "right"):
+            ...             loss = nn.functional.mse_loss(self.module[name](x), y)
+            ...             self.backward(loss)
+            ...             self.optimizer_step(name)
+            ...             self.log(f"{name}_loss", loss)
+        """
+        x, y, weight = (*batch, None)[:3]
+        output, loss = self._compiled.compute(x, y, weight)
+        self._running.tracker.add(loss, output, y, samples_in(x))
+        self.backward(loss)
+        self.optimizer_step()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a scalar loss, within `train_step`; after an `optimizer_step`, to none."""
+        self._stepping("backward").backward(loss)
+
+    def optimizer_step(self, name: str | None = None) -> None:
+        """Has an optimizer update its parameters and clears their gradients, within `train_step`.
+
+        With `accumulate=K` that is every K-th call. Clipping, loss scaling and schedule are as compiled.
+
+        Args:
+            name: Which optimizer; `None` = the only one.
+        """
+        self._stepping("optimizer_step").optimizer_step(name)
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """Puts a value into the logs, as a mean over the epoch's samples; within `train_step` or `compute_loss`.
+
+        Args:
+            name: Its key in logs and history, there with `val_` before it in validation.
+            value: Of the running batch, a number or a scalar tensor, which is not read before somebody looks.
+        """
+        if self._running is None:
+            raise RuntimeError(f"log({name!r}) was called outside of a step. Call it in train_step or compute_loss.")
+        self._running.tracker.log(name, value, self._running.samples)
+
+    def _stepping(self, verb: str) -> OwnStep:
+        if self._own_step is None:
+            raise RuntimeError(f"{verb} was called outside of train_step. Override train_step and call it there.")
+        return self._own_step
+
+    def _overrides(self, name: str) -> bool:
+        return getattr(getattr(self, name), "__func__", None) is not getattr(Model, name)
+
+    def _logs_names_of_its_own(self) -> bool:
+        return self._overrides("train_step") or self._overrides("compute_loss") or self._compiled.has_own_loss
+
+    def _own_loss(self, batch: tuple) -> Any:
+        self._output, self._running.samples = None, samples_in(batch[0])
+        return self.compute_loss(batch)
+
+    def _take_output(self) -> Any:
+        output, self._output = self._output, None
+        return output
 
     def get_weights(self) -> list[np.ndarray]:
         """Copies of all parameters and buffers as numpy arrays, in the order of `module.state_dict()`."""
@@ -390,7 +615,7 @@ class Model:
             dtype=_dtype_of(self.module),
             batch_size=batch_size,
             # The names that Hugging Face's datasets give to targets; a module with a loss of its own takes them itself.
-            targets=("labels", "label") if self._loss is not None else (),
+            targets=() if self._compiled is not None and self._compiled.has_own_loss else ("labels", "label"),
             hold=self.backend.hold,
             evaluating=may_enlarge and self._treats_samples_alone(),
             **options,
@@ -404,30 +629,83 @@ class Model:
         )
         if normalizes_batches or self._evaluation_tracker is None:
             return not normalizes_batches
-        return self._evaluation_tracker.joins and getattr(self._loss, "targets", None) is not None
+        return self._evaluation_tracker.joins and getattr(self._compiled.loss, "targets", None) is not None
 
     def _with_optimizer(self, opened: Data) -> Data:
         """Makes the optimizer if it is still to be made: a lazy module gets its parameters from a first batch."""
         if _is_lazy(self.module):
             batch, opened = peek(opened)
-            with _running(self.module), torch.no_grad():
+            with self._computing(), torch.no_grad():
                 forward(self.module.eval(), self.backend.move(batch[0]))
+            self._cast(self._compiled.precision)
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
             raise ValueError(
-                "the module has no trainable parameters. Unfreeze some (parameter.requires_grad_()), or call "
-                "evaluate or predict, which need none."
+                "the module has no trainable parameters. Unfreeze some (model.unfreeze('*')), or call evaluate or "
+                "predict, which need none."
             )
         if self.optimizer is None:
-            self.optimizer = self._make_optimizer(self.module)
+            self._compiled.make_updates()
+            self.optimizer = self._compiled.optimizer
         return opened
 
-    def _recipe(self, tracker: Tracker, hooks: Any) -> Recipe:
-        parameters = tuple(parameter for parameter in self.module.parameters() if parameter.requires_grad)
-        loss = own_loss if self._loss is None else self._loss
-        return Recipe(self.module, loss, tracker, hooks, self.optimizer, parameters)
+    def _cast(self, precision: Any) -> None:
+        """Gives the module the dtype of a precision, or its own again."""
+        dtype = precision.weights or self._own_dtype
+        if dtype is not None and dtype != _dtype_of(self.module):
+            if self._own_dtype is None:
+                self._own_dtype = _dtype_of(self.module)
+            precisions.cast(self.module, dtype)
 
-    def _step(self) -> Callable:
-        return closure_step if optimizers.needs_closure(self.optimizer) else train_step
+    def _recipe(self, tracker: Tracker, hooks: Any) -> Recipe:
+        compiled = self._compiled
+        return Recipe(self.module, compiled.compute, compiled.shares, tracker, hooks, device=self.backend.device)
+
+    def _training_recipe(
+        self, tracker: Tracker, hooks: Any, accumulate: int | Mapping[int, int], batches: int | None, pieces: Any = None
+    ) -> Recipe:
+        recipe, compiled = self._recipe(tracker, hooks), self._compiled
+        recipe.updates, recipe.scaler = compiled.updates, compiled.scaler
+        if recipe.scaler is not None:
+            recipe.backward = partial(scaled_backward, recipe.scaler)
+        recipe.frozen = self._frozen
+        recipe.size_of = partial(checks.size_at, accumulate)
+        recipe.batches, recipe.gathers_pieces = batches, pieces is not None
+        if isinstance(compiled.loss, named_losses.SumOfLosses):
+            compiled.loss.is_gathered = accumulate != 1 or pieces is not None
+        return recipe
+
+    def _step(self, training: Recipe, microbatch: int | str | None = None) -> Callable:
+        compiled = self._compiled
+        if self._overrides("train_step"):
+            self._own_step = OwnStep(self.train_step, training, compiled.precision)
+            return self._own_step
+        if compiled.tbptt_steps is not None:
+            return TruncatedStep(compiled.with_state, compiled.tbptt_steps)
+        if optimizers.needs_closure(self.optimizer):
+            checks.refuse_gathering(type(self.optimizer).__name__, training.size_of, microbatch)
+            return closure_step
+        return forward_backward if microbatch is None else PiecewiseStep(microbatch)
+
+    def _begin_schedules(self, batches: int | None, accumulate: Any, epochs: int, initial_epoch: int) -> None:
+        """Starts the schedules of a run, over as many optimizer steps as it will have."""
+        in_epoch = [batches and -(-batches // checks.size_at(accumulate, epoch)) for epoch in range(epochs)]
+        total = sum(in_epoch) if batches else None
+        for update in self._compiled.updates.values():
+            if update.schedule is not None:
+                update.schedule.begin(total, sum(in_epoch[:initial_epoch]) if batches else 0)
+
+    def _pieces_in(self, opened: Data, batches: int | None) -> int | None:
+        """Batches in an epoch; with truncated backpropagation the pieces of them, where that is known."""
+        if self._compiled.tbptt_steps is None:
+            return batches
+        target = next(leaves(opened.targets), None)
+        if batches is None or target is None or target.ndim < 2:
+            return None
+        return batches * -(-target.shape[1] // self._compiled.tbptt_steps)
+
+    def _network(self) -> Callable:
+        """The module, computing in the precision that was compiled."""
+        return self.module if self._compiled is None else self._compiled.network
 
     def _epochs(self, opened: Data, steps_per_epoch: int | None) -> Callable[[], Iterator]:
         """A function that gives the batches of one epoch after the other."""
@@ -438,10 +716,11 @@ class Model:
 
     def _batches(self, batches: Iterable) -> Iterator:
         fed = self.backend.feed(batches)
-        return fed if self._loss is not None else map(_targets_as_inputs, fed)
+        takes_targets = self._compiled.has_own_loss and not self._overrides("compute_loss")
+        return map(_targets_as_inputs, fed) if takes_targets and not self._overrides("train_step") else fed
 
     def _validate(self, evaluation: Recipe, validation: Data, steps: int | None, interruption: Any) -> dict[str, Any]:
-        with self._shown(self._evaluation_tracker):
+        with self._shown(evaluation):
             return loop.evaluate(evaluation, self._batches(islice(validation.batches(0), steps)), interruption)
 
     def _inputs(self, data: Any) -> Any:
@@ -458,8 +737,7 @@ class Model:
     def _expect(self, *targets: Any) -> None:
         """Has loss and metrics checked on the next batch, and the loss on all the targets that are in memory."""
         self._training_tracker.expect()
-        if self._loss is not None:
-            self._loss.expect(*targets)
+        self._compiled.loss.expect(*targets)
 
     def _hooks(self, callbacks: list[Any], verbose: int | str, params: dict[str, Any]) -> Any:
         callbacks = callbacks + progress_for(verbose, callbacks)
@@ -471,19 +749,40 @@ class Model:
         return hooks
 
     def _refuse_uncompiled(self, verb: str) -> None:
-        if self._make_optimizer is None:
+        if self._compiled is None:
             raise RuntimeError(
                 f'{verb} was called before compile. Call e.g. model.compile("adam", "cross_entropy") first.'
             )
 
     @contextmanager
-    def _shown(self, tracker: Tracker) -> Iterator[None]:
-        """`samples_seen` is that of `tracker` meanwhile."""
-        before, self._tracker = self._tracker, tracker
+    def _run(self, training: Recipe, data: Data) -> Iterator[None]:
+        """Everything that holds while the module is trained."""
+        before = [(update, update.schedule) for update in training.updates.values()]
+        with self._computing(), self._as_before_unless_trained(training), self._shown(training):
+            self._training_data = data
+            try:
+                yield
+            finally:
+                self._own_step = self._training_data = None
+                for update, schedule in before:
+                    if update.scaled_step is not None:
+                        update.scaled_step.settle()
+                    update.schedule = schedule
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The module runs: in the precision compiled, and is handed back in the modes it came in."""
+        with _as_it_came(self.module), precisions.tf32_if(self._compiled and self._compiled.precision):
+            yield
+
+    @contextmanager
+    def _shown(self, recipe: Recipe) -> Iterator[None]:
+        """`samples_seen` and `log` are those of `recipe` meanwhile."""
+        before, self._running = self._running, recipe
         try:
             yield
         finally:
-            self._tracker = before
+            self._running = before
 
     @contextmanager
     def _as_before_unless_trained(self, training: Recipe) -> Iterator[None]:
@@ -502,7 +801,7 @@ class Model:
                 self.history, self.epochs_trained = history, epochs_trained
             raise
         finally:
-            for parameter in training.parameters:
+            for parameter in self.module.parameters():
                 parameter.grad = None
 
 
@@ -510,7 +809,7 @@ NO_HOOKS = hooks_of(())
 
 
 @contextmanager
-def _running(module: nn.Module) -> Iterator[None]:
+def _as_it_came(module: nn.Module) -> Iterator[None]:
     """Hands every submodule back in the mode, train or eval, that it came in; says what to do about a wrong dtype."""
     modes = [(part, part.training) for part in module.modules()]
     try:
@@ -549,10 +848,10 @@ def _targets_as_inputs(batch: tuple) -> tuple:
     """A module that computes its own loss takes the targets behind its inputs."""
     x, target, weight = batch
     if target is None:
-        return batch
+        return batch if not isinstance(x, Mapping) else (x, x.get("labels"), weight)
     if isinstance(x, Mapping):
         raise ValueError("loss=None and inputs by name: put the target among them too, or give compile a loss.")
-    return (*x, target) if isinstance(x, tuple) else (x, target), None, weight
+    return (*x, target) if isinstance(x, tuple) else (x, target), target, weight
 
 
 def _hears_batches(callbacks: list[Any], stage: str) -> bool:

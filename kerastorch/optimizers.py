@@ -16,24 +16,38 @@ import torch
 import torch.optim.optimizer as hooks
 from torch import Tensor, nn
 
+from .patterns import matches, parameters_of
 
-def maker(optimizer: Any, lr: float | None = None) -> Callable[[nn.Module], torch.optim.Optimizer]:
+Rate = float | dict[str, float] | None
+Maker = Callable[[nn.Module, list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+
+def maker(optimizer: Any, lr: Rate = None) -> Maker:
     """What `compile` was given as `optimizer` -> a function that makes the torch optimizer for a module.
 
-    All parameters of the module are optimized, frozen ones too once they are unfrozen.
+    What it makes takes the module and those of its named parameters that shall be optimized, frozen ones too: they are
+    trained once they are unfrozen.
 
     Args:
         optimizer: Name of a class in `torch.optim` (any case), such a class or a `functools.partial` of one, an
             instance, or a callable `params -> Optimizer`.
-        lr: Learning rate instead of the optimizer's own; `None` = its own.
+        lr: Learning rate instead of the optimizer's own; `{pattern: rate}` = a rate for each group of parameters, the
+            first pattern that fits deciding; `None` = its own.
     Raises:
-        ValueError: an unknown name or an impossible rate; when called, an instance that optimizes other parameters.
+        ValueError: an unknown name or an impossible rate; when called, an instance that optimizes other parameters, or
+            a pattern that fits no parameter.
         TypeError: something else than these.
     """
-    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr >= 0):
-        raise ValueError(f"lr={lr!r} is not a learning rate. Give a number from 0 up, e.g. 1e-3.")
+    for rate in lr.values() if isinstance(lr, dict) else (lr,):
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate >= 0):
+            raise ValueError(f"lr={lr!r} is not a learning rate. Give a number from 0 up, e.g. 1e-3.")
     if isinstance(optimizer, torch.optim.Optimizer):
-        return lambda module: _with_rate(_checked(optimizer, module), lr)
+        if isinstance(lr, dict):
+            raise ValueError(
+                f"lr={lr!r} names parameters, but the optimizer is an instance with groups of its own. Give a rate to "
+                f"each of its groups, or give its name and let compile make it."
+            )
+        return lambda module, named: _with_rate(_checked(optimizer, module), lr)
     make = by_name(optimizer) if isinstance(optimizer, str) else optimizer
     if not callable(make):
         raise TypeError(
@@ -44,16 +58,45 @@ def maker(optimizer: Any, lr: float | None = None) -> Callable[[nn.Module], torc
     if isinstance(make, functools.partial):
         kind, arguments, options = make.func, make.args, make.keywords
     if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer):
-        if lr is not None:
+        if isinstance(lr, float | int):
             options = options | {"lr": lr}
-        return lambda module: _instance(kind, module, arguments, options)
-    return lambda module: _with_rate(_checked(make(module.parameters()), module), lr)
+        return lambda module, named: _instance(kind, module, _grouped(named, lr), arguments, options)
+    return lambda module, named: _with_rate(_checked(make(_grouped(named, lr)), module), lr)
 
 
-def _instance(kind: type, module: nn.Module, arguments: tuple, options: dict[str, Any]) -> torch.optim.Optimizer:
+def _grouped(named: list[tuple[str, nn.Parameter]], lr: Rate) -> list[Any]:
+    """Parameters as an optimizer takes them: in groups where patterns give them rates."""
+    if not isinstance(lr, dict):
+        return [parameter for _, parameter in named]
+    groups: dict[str | None, list[nn.Parameter]] = {pattern: [] for pattern in [*lr, None]}
+    for name, parameter in named:
+        groups[next((pattern for pattern in lr if matches(name, pattern)), None)].append(parameter)
+    for pattern in lr:
+        if not groups[pattern]:
+            names = ", ".join(repr(name) for name, _ in named[:6])
+            raise ValueError(
+                f"lr has the pattern {pattern!r}, which fits no parameter that a pattern before it does not; the "
+                f"parameters are {names}, ... Give a name, a submodule or a glob such as 'backbone.*'."
+            )
+    rates = {pattern: {"lr": rate} for pattern, rate in lr.items()}
+    return [{"params": params} | rates.get(pattern, {}) for pattern, params in groups.items() if params]
+
+
+def named_parameters(module: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that the optimizer with this name, of several, is for: those of the submodule it is named after.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    return list(parameters_of(module, [name], "optimizer").items())
+
+
+def _instance(
+    kind: type, module: nn.Module, parameters: list[Any], arguments: tuple, options: dict[str, Any]
+) -> torch.optim.Optimizer:
     options = _fastest(kind, module, options) | options
     kind = LEAN.get(kind, kind) if options.get("fused") else kind
-    return kind(module.parameters(), *arguments, **options)
+    return kind(parameters, *arguments, **options)
 
 
 def by_name(name: str) -> type[torch.optim.Optimizer]:
@@ -77,8 +120,8 @@ def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
-def _with_rate(optimizer: torch.optim.Optimizer, lr: float | None) -> torch.optim.Optimizer:
-    for group in optimizer.param_groups if lr is not None else ():
+def _with_rate(optimizer: torch.optim.Optimizer, lr: Rate) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups if isinstance(lr, float | int) else ():
         group["lr"] = lr
     return optimizer
 

@@ -1,17 +1,52 @@
-"""One training step and one evaluation step: forward, loss, backward, optimizer."""
+"""One step of training and one of evaluation: forward, loss, backward, optimizer.
+
+`forward_backward` adds the gradient of a batch, `optimizer_step` turns gradients into an update of the parameters. When
+the one follows on the other is the loop's to say; what `recipe.compute` does was put together before the run, in
+`computation.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .accumulation import Parked, Window
+from .losses import Share
+from .precision import ScaledStep
 from .structures import leaves
 from .tracker import Tracker
+
+Batch = tuple[Any, Any, Any]  # inputs, targets, weights; targets and weights may be `None`
+
+
+@dataclass
+class Update:
+    """What becomes of the gradients of one optimizer.
+
+    Attributes:
+        optimizer: Updates the parameters.
+        parameters: Those whose gradients are dropped after each step.
+        clip: Bounds the gradients, in place, and returns their norm; `None` = no bounds.
+        schedule: Changes the rate after each step or epoch; `None` = nothing does.
+        scaled_step: The step under loss scaling; `None` = `optimizer.step`.
+        rate_name: What its rate is called in the logs.
+        parked: Gathers its gradients where it is one of several and a step takes more than one batch; else `None`.
+        gradient_norm: What `clip` returned at the last step: a scalar on the device.
+    """
+
+    optimizer: torch.optim.Optimizer
+    parameters: tuple[nn.Parameter, ...]
+    clip: Callable[[], Tensor | None] | None = None
+    schedule: Any = None
+    scaled_step: ScaledStep | None = None
+    rate_name: str = "lr"
+    parked: Parked | None = None
+    gradient_norm: Tensor | None = None
 
 
 @dataclass
@@ -20,83 +55,156 @@ class Recipe:
 
     Attributes:
         module: The network.
-        loss: `(output, target, weight) -> scalar`.
+        compute: `(x, target, weight) -> (output, mean loss)`.
+        shares: `(loss, output, batch, samples)` -> what the loss is the mean over.
         tracker: Where loss and metrics are summed.
         hooks: Name of a hook -> the functions to call, from `callbacks.base.hooks_of`.
-        optimizer: Updates the parameters; `None` where nothing is trained.
-        parameters: Those whose gradients are dropped after each step.
+        updates: Name of an optimizer -> its update; empty where nothing is trained, one named `""` where it is alone.
+        backward: `(loss, retain_graph=...)`: puts gradients into the parameters.
+        device: Where it all is.
+        scaler: Scales losses against underflow in fp16; `None` = nothing does.
+        size_of: Number of the epoch -> batches for each optimizer step.
+        batches: Batches in an epoch; `None` = not known.
+        gathers_pieces: Whether batches come in pieces, whose gradients are gathered too.
+        window: Gathers gradients in the running epoch; `None` where each batch makes a step.
+        frozen: Submodules that stay in eval mode.
+        rates: Learning rates of the last step where something changes them, for the logs.
         steps: Optimizer steps taken so far in this run.
+        samples: Samples in the running batch, for values of the user's own.
     """
 
     module: nn.Module
-    loss: Callable[[Any, Any, Any], Tensor]
+    compute: Callable[[Any, Any, Any], tuple[Any, Tensor]]
+    shares: Callable[[Tensor, Any, Batch, int], list[Share]]
     tracker: Tracker
     hooks: SimpleNamespace
-    optimizer: torch.optim.Optimizer | None = None
-    parameters: tuple[nn.Parameter, ...] = ()
+    updates: dict[str, Update] = field(default_factory=dict)
+    backward: Callable[..., None] = Tensor.backward
+    device: torch.device = torch.device("cpu")
+    scaler: torch.amp.GradScaler | None = None
+    size_of: Callable[[int], int] = lambda epoch: 1
+    batches: int | None = None
+    gathers_pieces: bool = False
+    window: Window | None = None
+    frozen: Sequence[nn.Module] = ()
+    rates: dict[str, float] = field(default_factory=dict)
     steps: int = 0
+    samples: int = 0
 
 
-def train_step(recipe: Recipe, batch: tuple[Any, Any, Any]) -> None:
-    """One step of the optimizer on one batch `(x, target, weight)`. Nothing in here waits for the device."""
+def open_windows(recipe: Recipe, epoch: int) -> None:
+    """Before an epoch: decides how many batches make a step in it."""
+    size, single = recipe.size_of(epoch), recipe.updates.get("")
+    is_gathered = size > 1 or recipe.gathers_pieces
+    recipe.window = Window(single.parameters, size, recipe.batches) if single is not None and is_gathered else None
+    for name, update in recipe.updates.items():
+        update.parked = Parked(update.parameters, size) if name and size > 1 else None
+
+
+def forward_backward(recipe: Recipe, batch: Batch) -> bool:
+    """Adds the gradient of one batch; says whether its window is full. Nothing in here waits for the device."""
     x, target, weight = batch
-    hooks, optimizer = recipe.hooks, recipe.optimizer
-    output = forward(recipe.module, x)
-    loss = recipe.loss(output, target, weight)
+    hooks, window = recipe.hooks, recipe.window
+    samples = len(x) if isinstance(x, Tensor) else samples_in(x)
+    output, loss = recipe.compute(x, target, weight)
     # Before the update: a metric that does not fit the data fails while nothing has changed.
-    recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x))
+    recipe.tracker.add(loss, output, target, samples)
     for hook in hooks.on_before_backward:
         hook(loss)
-    loss.backward()
+    if window is None:
+        recipe.backward(loss)
+    else:
+        window.backward(recipe.shares(loss, output, batch, samples), 1.0, recipe.backward)
     for hook in hooks.on_after_backward:
         hook()
+    return window is None or window.count_batch()
+
+
+def optimizer_step(recipe: Recipe, update: Update) -> None:
+    """Turns the gradients that are there into one step of the optimizer, and drops them."""
+    optimizer, hooks, schedule = update.optimizer, recipe.hooks, update.schedule
+    if recipe.scaler is not None:
+        recipe.scaler.unscale_(optimizer)
+    if recipe.window is not None:
+        recipe.window.close()
     for hook in hooks.on_before_optimizer_step:
         hook(optimizer)
-    optimizer.step()
+    if update.clip is not None:
+        update.gradient_norm = update.clip()
+    if schedule is not None:
+        recipe.rates = recipe.rates | {update.rate_name: optimizer.param_groups[0]["lr"]}
+    if update.scaled_step is not None:
+        update.scaled_step()
+    else:
+        optimizer.step()
+        if schedule is not None:
+            schedule.after_step()
     recipe.steps += 1
     for hook in hooks.on_before_zero_grad:
         hook(optimizer)
-    for parameter in recipe.parameters:  # what `optimizer.zero_grad()` does, for a tenth of its time
+    for parameter in update.parameters:  # what `optimizer.zero_grad()` does, for a tenth of its time
         parameter.grad = None
+    if recipe.scaler is not None and len(recipe.updates) == 1:
+        recipe.scaler.update()
 
 
-def closure_step(recipe: Recipe, batch: tuple[Any, Any, Any]) -> None:
-    """`train_step` for optimizers that evaluate the loss several times a step (LBFGS); its first value is logged."""
+def close_windows(recipe: Recipe) -> None:
+    """Steps on what is left of short windows: the epoch is over."""
+    if recipe.window is not None and recipe.window.is_open:
+        optimizer_step(recipe, recipe.updates[""])
+    for update in recipe.updates.values():
+        if update.parked is not None and update.parked.is_open:
+            update.parked.put_back(loss_scale(recipe))
+            optimizer_step(recipe, update)
+
+
+def loss_scale(recipe: Recipe) -> Tensor | None:
+    """What the scaler multiplies losses by now: a scalar on the device; `None` = there is no scaler."""
+    return None if recipe.scaler is None else recipe.scaler.scale(torch.ones((), device=recipe.device))
+
+
+def closure_step(recipe: Recipe, batch: Batch) -> bool:
+    """Both in one, for optimizers that evaluate the loss several times a step (LBFGS); its first value is logged."""
     x, target, weight = batch
-    hooks, optimizer = recipe.hooks, recipe.optimizer
+    hooks, update = recipe.hooks, recipe.updates[""]
     is_first = True
 
     def closure() -> Tensor:
         nonlocal is_first
-        for parameter in recipe.parameters:
+        for parameter in update.parameters:
             parameter.grad = None
-        output = forward(recipe.module, x)
-        loss = recipe.loss(output, target, weight)
+        output, loss = recipe.compute(x, target, weight)
         if is_first:
             recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x))
             is_first = False
         for hook in hooks.on_before_backward:
             hook(loss)
-        loss.backward()
+        recipe.backward(loss)
         for hook in hooks.on_after_backward:
             hook()
+        if update.clip is not None:
+            update.gradient_norm = update.clip()
         return loss
 
     for hook in hooks.on_before_optimizer_step:
-        hook(optimizer)
-    optimizer.step(closure)
+        hook(update.optimizer)
+    if update.schedule is not None:
+        recipe.rates = recipe.rates | {update.rate_name: update.optimizer.param_groups[0]["lr"]}
+    update.optimizer.step(closure)
+    if update.schedule is not None:
+        update.schedule.after_step()
     recipe.steps += 1
     for hook in hooks.on_before_zero_grad:
-        hook(optimizer)
-    for parameter in recipe.parameters:
+        hook(update.optimizer)
+    for parameter in update.parameters:
         parameter.grad = None
+    return False
 
 
-def evaluation_step(recipe: Recipe, batch: tuple[Any, Any, Any]) -> None:
+def evaluation_step(recipe: Recipe, batch: Batch) -> None:
     """Loss and metrics of one batch; called without grad and in eval mode."""
     x, target, weight = batch
-    output = forward(recipe.module, x)
-    loss = recipe.loss(output, target, weight)
+    output, loss = recipe.compute(x, target, weight)
     recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .history import Logs
-from .losses import Loss, SumOfLosses
+from .losses import Loss, OwnLoss, SumOfLosses
 from .metrics import Mean, Stateful, Sums
 from .structures import map_structure
 
@@ -27,19 +27,19 @@ class Tracker:
     """The running means of one epoch, or of one evaluation.
 
     Args:
-        loss: What the losses given to `add` came from; `None` = the module's own.
+        loss: What the losses given to `add` came from.
         metrics: Pairs of the key of an output (`None` = the only one) and a `Mean` or `Stateful`.
         device: Where the sums are kept.
     """
 
     def __init__(
-        self, loss: Loss | SumOfLosses | None, metrics: list[tuple[Any, Mean | Stateful]], device: Any
+        self, loss: Loss | SumOfLosses | OwnLoss, metrics: list[tuple[Any, Mean | Stateful]], device: Any
     ) -> None:
         self.loss = loss
         self.means = [(key, metric) for key, metric in metrics if isinstance(metric, Mean)]
         self.stateful = [(key, metric) for key, metric in metrics if isinstance(metric, Stateful)]
         self.names = [metric.name for _, metric in metrics]
-        self._has_parts = isinstance(loss, SumOfLosses)
+        self._has_parts, self._has_latest = isinstance(loss, SumOfLosses), isinstance(loss, (SumOfLosses, OwnLoss))
         self.joins = all(metric.joins for _, metric in metrics) and not self._has_parts
         # Sums in float64: in float32 a count stops growing at 2**24 samples. MPS has no float64.
         self.dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
@@ -67,16 +67,17 @@ class Tracker:
         self.samples = 0
         # Never changed in place, only replaced: logs handed out earlier go on reading the state of their own moment.
         self._sums: tuple[Sums, ...] | None = None
+        self._logged: dict[str, Sums] = {}
         self._pending: list[tuple] = []
         self._shape, self._batch_samples, self._capacity = None, 0, 1
         for _, metric in self.stateful:
             metric.reset()
 
-    def add(self, loss: Tensor, output: Any, target: Any, samples: int) -> None:
+    def add(self, loss: Tensor | tuple, output: Any, target: Any, samples: int) -> None:
         """Takes in one batch.
 
         Args:
-            loss: Its mean loss, a scalar.
+            loss: Its mean loss, a scalar that was computed just now; or what `values_of` made of one computed before.
             output: What the module returned.
             target: Its targets.
             samples: How many samples it has.
@@ -89,35 +90,49 @@ class Tracker:
             self._shape, self._batch_samples = shape, samples
             self._capacity = self._capacity_for(output)
         self.samples += samples
-        self._pending.append((self._kept(loss), output, target) if self._has_parts else (loss.detach(), output, target))
+        if self._has_latest or isinstance(loss, tuple):
+            loss, terms = loss if isinstance(loss, tuple) else self.values_of(loss)
+            for name, term in terms.items():
+                self.log(name, term, samples)
+        self._pending.append((loss.detach(), output, target))
         if len(self._pending) >= self._capacity or self._is_unproven:
             self._flush()
             self._is_unproven = False
 
-    def _kept(self, loss: Tensor) -> Tensor:
-        return torch.stack([*self.loss.latest.values()])
+    def values_of(self, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss just computed, or its parts stacked where there are several; and the module's own terms."""
+        if self._has_parts:
+            return torch.stack([*self.loss.latest.values()]), {}
+        return loss, self.loss.latest if self._has_latest else {}
+
+    def log(self, name: str, value: Tensor | float, samples: int) -> None:
+        """Takes in a value of one's own: the mean of `samples` samples."""
+        value = value.detach().to(self.dtype) if isinstance(value, Tensor) else value
+        total, count = self._logged.get(name, (0.0, 0))
+        self._logged = self._logged | {name: (total + value * samples, count + samples)}
 
     def _capacity_for(self, output: Any) -> int:
         if self._shape is None or not self.joins or output.ndim == 0:
             return 1
         return max(1, min(MAX_PENDING, MAX_PENDING_VALUES // max(output.numel(), 1)))
 
-    def logs(self) -> Logs:
-        """The means so far, read from the device when somebody looks."""
+    def logs(self, others: dict[str, Any]) -> Logs:
+        """The means so far, read from the device when somebody looks, and `others` behind them."""
         sums, pending, number, samples = self._sums, self._pending, len(self._pending), self._batch_samples
+        logged = self._logged
 
         def read() -> dict[str, float]:
             if self._pending is pending and len(pending) == number:
                 self._flush()
-                return self._read(self._sums)
-            return self._read(_add(sums, self._measure(pending[:number], samples)) if number else sums)
+                return self._read(self._sums, logged) | others
+            return self._read(_add(sums, self._measure(pending[:number], samples)) if number else sums, logged) | others
 
         return Logs(read)
 
     def result(self) -> dict[str, Any]:
         """The means of everything added since `reset`: the one read of an epoch."""
         self._flush()
-        return self._read(self._sums)
+        return self._read(self._sums, self._logged)
 
     @torch.no_grad()
     def _flush(self) -> None:
@@ -145,9 +160,10 @@ class Tracker:
         losses = torch.stack([loss for loss, _, _ in pending]).to(self.dtype)
         return [_loss_sum(self.loss, losses, pending[0][1], [target for _, _, target in pending], samples)]
 
-    def _read(self, sums: tuple[Sums, ...] | None) -> dict[str, Any]:
+    def _read(self, sums: tuple[Sums, ...] | None, logged: dict[str, Sums]) -> dict[str, Any]:
+        own = {name: float(total) / count for name, (total, count) in logged.items()}
         if sums is None:
-            return {}
+            return own
         totals = torch.stack([total for total, _ in sums]).tolist()
         counts = [count.tolist() if isinstance(count, Tensor) else count for _, count in sums]
         means = [total / count if count else float("nan") for total, count in zip(totals, counts, strict=True)]
@@ -162,11 +178,11 @@ class Tracker:
         measured = {metric.name: metric.finish(mean) for (_, metric), mean in of_metrics}
         for _, metric in self.stateful:
             measured.update(metric.result())
-        return values | _in_order(measured, self.names)
+        return values | own | _in_order(measured, self.names)
 
 
-def _loss_sum(loss: Loss | None, losses: Tensor, output: Tensor, targets: list[Tensor], samples: int) -> Sums:
-    if loss is None or not loss.masks(output, targets[0]):
+def _loss_sum(loss: Loss | OwnLoss, losses: Tensor, output: Tensor, targets: list[Tensor], samples: int) -> Sums:
+    if not loss.masks(output, targets[0]):
         return losses.sum() * samples, samples * len(losses)
     # Each batch counts as often as it has targets that are not masked; one that has none has no loss.
     units = loss.units(torch.stack(targets))

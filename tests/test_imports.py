@@ -1,9 +1,13 @@
 """Who may import whom: downwards only, so that each file can be read knowing only those below it.
 
     __init__ > model > loop > step > tracker > metrics > losses > targets    loop > history
+                     > compilation > jit > computation > step > accumulation > losses
+                                   > optimizers > patterns     > precision > structures
+                                   > schedules
+                     > microbatch, tbptt, overrides > step
                      > data > tensors, seeding, structures             callbacks.* > callbacks.base
                      > backends > structures
-                     > checks, optimizers, summary > tracing
+                     > checks, summary > tracing
 
 Backends know torch and nesting, never models, loops, data or callbacks. Nothing imports `model` but the package itself.
 """
@@ -21,13 +25,23 @@ import kerastorch
 
 PACKAGE = Path(kerastorch.__file__).parent
 BELOW = {
-    "__init__": {"backends", "callbacks", "history", "model", "seeding"},
+    "__init__": {"backends", "callbacks", "history", "model", "schedules", "seeding"},
     "model": {
-        "backends", "callbacks.base", "callbacks.progress", "checks", "data", "history", "loop", "losses", "metrics",
-        "optimizers", "step", "structures", "summary", "tensors", "tracker",
+        "backends", "callbacks.base", "callbacks.progress", "checks", "compilation", "data", "history", "loop",
+        "losses", "metrics", "microbatch", "optimizers", "overrides", "patterns", "precision", "step", "structures",
+        "summary", "tbptt", "tensors", "tracker",
     },
+    "compilation": {"computation", "jit", "losses", "optimizers", "precision", "schedules", "step"},
+    "jit": {"computation", "losses", "structures"},
+    "computation": {"losses", "precision", "step"},
+    "microbatch": {"accumulation", "step", "structures"},
+    "tbptt": {"step", "structures"},
+    "overrides": {"precision", "step"},
     "loop": {"history", "step", "structures"},
-    "step": {"tracker", "structures"},
+    "step": {"accumulation", "losses", "precision", "structures", "tracker"},
+    "accumulation": {"losses"},
+    "precision": {"structures"},
+    "optimizers": {"patterns"},
     "tracker": {"history", "losses", "metrics", "structures"},
     "metrics": {"losses", "structures", "targets"},
     "losses": {"targets"},

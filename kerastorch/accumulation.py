@@ -1,0 +1,177 @@
+"""One gradient from several batches, weighted as one large batch would weigh them.
+
+A loss is a mean over so many samples, or over so many targets that are not masked. Here each batch's mean is multiplied
+by that count before its gradient is added, and the sum is divided by the total count when the window of batches closes:
+no batch has to know of a later one. Where all batches count the same, the division is in the factors already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .losses import Share
+
+
+class Window:
+    """The batches of one optimizer step.
+
+    Args:
+        parameters: Those whose gradients are gathered.
+        size: Batches in a window.
+        batches: Batches in the epoch, so that its last window closes with its last batch; `None` = not known.
+    Attributes:
+        is_open: Whether there are gradients that no step has used.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], size: int, batches: int | None = None) -> None:
+        self.parameters, self.size = tuple(parameters), size
+        self._left = batches
+        self._forget()
+
+    @property
+    def is_open(self) -> bool:
+        return self._batches > 0
+
+    def count_batch(self) -> bool:
+        """Counts one batch more, and says whether the window is full."""
+        self._batches += 1
+        if self._left is not None:
+            self._left -= 1
+        return self._batches == self.size or self._left == 0
+
+    def backward(self, shares: list[Share], part: float, backward: Callable[..., None]) -> None:
+        """Adds the gradient of one batch, or of a piece of one.
+
+        Args:
+            shares: Its losses, each with what it is the mean over.
+            part: Samples here as a part of the batch's: 1 for a whole batch.
+            backward: `(loss, retain_graph=...)`: puts its gradients into the parameters.
+        """
+        for share in shares:
+            weighted = self._weighted(share, part)
+            if len(shares) == 1:
+                backward(weighted)
+            else:
+                self._add_apart(share.name, weighted, backward, is_last=share is shares[-1])
+
+    def close(self) -> None:
+        """Leaves the gradient of the mean over the whole window in the parameters."""
+        if self._apart:
+            for name, gradients in self._apart.items():
+                self._divide(name, gradients)
+            _put(self.parameters, map(_sum, zip(*self._apart.values(), strict=True)))
+        for name in () if self._apart else self._totals:
+            self._divide(name, [parameter.grad for parameter in self.parameters])
+        self._forget()
+
+    def join(self, other: Window) -> None:
+        """Adds what `other` has gathered; its gradients are in the parameters, those of this window in `gradients`."""
+        for name, total in other._totals.items():
+            self._totals[name] = total if total is None else self._totals.get(name, 0) + total
+            self._expected.setdefault(name, other._expected[name])
+        for name, gradients in other._apart.items():
+            before = self._apart.get(name, [None] * len(gradients))
+            self._apart[name] = [_sum(pair) for pair in zip(before, gradients, strict=True)]
+
+    def beside(self) -> Window:
+        """An empty window whose losses are weighted as they would be in this one."""
+        other = Window(self.parameters, self.size)
+        other._expected = dict(self._expected)
+        return other
+
+    def _weighted(self, share: Share, part: float) -> Tensor:
+        """The loss times its count, over the count expected of a whole window, which keeps fp16 in its range."""
+        name, loss, count, most = share
+        expected = self._expected.setdefault(name, max(round(self.size * most / part), 1))
+        if count is None:  # a sum, which nothing divides
+            self._totals[name] = None
+            return loss
+        self._totals[name] = self._totals.get(name, 0) + count
+        if isinstance(count, Tensor):  # the mean over nothing is NaN, and counts for nothing
+            return torch.where(count > 0, loss * count, 0.0) / expected
+        return loss * (count / expected)
+
+    def _divide(self, name: str, gradients: Iterable[Tensor | None]) -> None:
+        total, expected = self._totals[name], self._expected[name]
+        if total is None or (not isinstance(total, Tensor) and total == expected):
+            return
+        if isinstance(total, Tensor):  # as float64 where there is one: the quotient of integers would be a float32
+            total = torch.where(total > 0, total, 1).to(torch.float32 if total.is_mps else torch.float64)
+        factor = expected / total
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(factor)
+
+    def _add_apart(self, name: str, loss: Tensor, backward: Callable[..., None], is_last: bool) -> None:
+        """Adds to the gradients of this loss alone: what they will be divided by is not what the others' will be."""
+        others = [parameter.grad for parameter in self.parameters]
+        _put(self.parameters, self._apart.get(name, [None] * len(others)))
+        backward(loss, retain_graph=not is_last)
+        self._apart[name] = [parameter.grad for parameter in self.parameters]
+        _put(self.parameters, others)
+
+    def _forget(self) -> None:
+        self._batches = 0
+        self._expected: dict[str, int] = {}
+        self._totals: dict[str, Any] = {}
+        self._apart: dict[str, list[Tensor | None]] = {}
+
+
+class Parked:
+    """Gradients of one of several optimizers, kept apart until its window of batches is full.
+
+    Between its batches other losses leave gradients in the same parameters, which must not be mixed with these.
+
+    Args:
+        parameters: Those of the optimizer.
+        size: Calls of `take` in a window.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], size: int) -> None:
+        self.parameters, self.size = tuple(parameters), size
+        self._forget()
+
+    @property
+    def is_open(self) -> bool:
+        return self._batches > 0
+
+    def take(self, weight: float, scale: Tensor | None) -> bool:
+        """Takes the gradients out of the parameters, and says whether the window is full.
+
+        Args:
+            weight: What their loss was multiplied by: the samples behind it, in any unit.
+            scale: What losses are multiplied by until the next optimizer step; it may be another one later.
+        """
+        for index, parameter in enumerate(self.parameters):
+            if parameter.grad is not None:
+                gradient = parameter.grad if scale is None else parameter.grad.div_(scale)
+                self._gradients[index] = _sum((self._gradients[index], gradient))
+                parameter.grad = None
+        self._batches, self._weight = self._batches + 1, self._weight + weight
+        return self._batches == self.size
+
+    def put_back(self, scale: Tensor | None) -> None:
+        """Leaves the mean over the samples of the window in the parameters."""
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+            if gradient is not None:
+                gradient.mul_((1.0 if scale is None else scale) / self._weight)
+            parameter.grad = gradient
+        self._forget()
+
+    def _forget(self) -> None:
+        self._gradients: list[Tensor | None] = [None] * len(self.parameters)
+        self._batches, self._weight = 0, 0.0
+
+
+def _sum(gradients: Iterable[Tensor | None]) -> Tensor | None:
+    there = [gradient for gradient in gradients if gradient is not None]
+    return sum(there[1:], there[0]) if there else None
+
+
+def _put(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient

@@ -1,0 +1,178 @@
+"""What `compile` chose, checked and ready: from arguments to the optimizers' updates and the function of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import losses, optimizers, precision, schedules
+from .computation import (
+    Compute,
+    checked_state,
+    of_samples,
+    output_and_loss,
+    output_loss_and_state,
+    overridden,
+    without_state,
+)
+from .jit import Jitted, refuse_unknown_mode
+from .losses import Loss, OwnLoss, SumOfLosses
+from .step import Update
+
+
+class Compiled:
+    """The choices of one `compile`.
+
+    Attributes:
+        loss: Called with `(output, target, weight)`.
+        has_own_loss: Whether the module computes its loss itself.
+        precision: What the module computes in.
+        tbptt_steps: Steps of time in a piece of truncated backpropagation; `None` = sequences are not cut.
+        compute: `(x, target, weight) -> (output, loss)`, overrides included.
+        plain: The same without an override of `compute_loss`.
+        with_state: `(x, target, weight, state) -> (output, loss, state)`, where sequences are cut.
+        network: The module in its precision, without the state where it has one.
+        shares: What a loss of `compute` is the mean over.
+        updates: Name of an optimizer -> its update; empty before `make_updates`.
+        scaler: Scales losses in fp16; else `None`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        *,
+        optimizer: Any,
+        loss: Any,
+        precision_name: Any,
+        clip: Any,
+        lr: Any,
+        schedule: Any,
+        jit: bool | str,
+        tbptt_steps: int | None,
+    ) -> None:
+        self.module, self.device = module, device
+        self.precision = precision.get(precision_name, device)
+        chosen_loss = losses.get(loss)
+        self.has_own_loss = chosen_loss is None
+        self.loss: Loss | SumOfLosses | OwnLoss = OwnLoss(module) if chosen_loss is None else chosen_loss
+        losses.place(chosen_loss, device)
+        self.is_single = not isinstance(optimizer, Mapping)
+        named = {"": optimizer} if self.is_single else dict(optimizer)
+        if not named:
+            raise ValueError("optimizer is an empty dict. Give an optimizer for each submodule, or one for all.")
+        rates = _for_each(named, lr, is_meant=lambda given: given and set(given) <= set(named))
+        chosen = _for_each(named, schedule, is_meant=lambda given: True)
+        self._given = {name for name, one in named.items() if isinstance(one, torch.optim.Optimizer)}
+        self._makers = {name: optimizers.maker(one, rates[name]) for name, one in named.items()}
+        self._schedules = {name: schedules.get(one) for name, one in chosen.items()}
+        self._clip = _clipper(clip)
+        refuse_unknown_mode(jit)
+        self._jit, self.tbptt_steps, self.with_state = jit, tbptt_steps, None
+        self.updates: dict[str, Update] = {}
+        self.scaler = torch.amp.GradScaler(device.type) if self.precision.scales_loss else None
+
+    def settle(self, compute_loss: Callable | None, latest_output: Callable[[], Any], measures: bool) -> None:
+        """Puts the function of a step together.
+
+        Args:
+            compute_loss: The user's own; `None` = what `loss` names.
+            latest_output, measures: As in `computation.overridden`.
+        """
+        if self.tbptt_steps is None:
+            network = precision.in_precision(self.module, self.precision, self.device)
+        else:
+            run = precision.in_autocast(self.module, self.precision, self.device)
+            stateful = lambda *inputs, **named: checked_state(run(*inputs, **named))  # noqa: E731
+            self.with_state = self._jitted(output_loss_and_state(stateful, self.loss))
+            network = without_state(stateful)
+        self.network = network
+        self.plain: Compute = self._jitted(output_and_loss(network, self.loss))
+        self.compute, self.shares = self.plain, self.loss.shares
+        if compute_loss is not None:
+            compute_loss = precision.in_precision(compute_loss, self.precision, self.device)
+            self.compute, self.shares = overridden(compute_loss, latest_output, measures), of_samples
+
+    def change_schedule(self, schedule: Any) -> None:
+        """Has the rates of all optimizers follow another schedule from here on."""
+        for update in self.updates.values():
+            update.schedule = None if schedule is None else schedules.Running(schedules.get(schedule), update.optimizer)
+            if update.scaled_step is not None:
+                update.scaled_step.settle()
+                update.scaled_step.schedule = update.schedule if _moves_each_step(update.schedule) else None
+
+    def _jitted(self, compute: Callable) -> Callable:
+        return Jitted(compute, self.loss, self._jit) if self._jit else compute
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer, or a dict of them; `None` where they are still to be made."""
+        made = {name: update.optimizer for name, update in self.updates.items()}
+        return made.get("") if self.is_single or not made else made
+
+    def make_updates(self) -> None:
+        """Makes the optimizers and what belongs to each."""
+        updates = {}
+        for name, make in self._makers.items():
+            optimizer = make(self.module, self._parameters_for(name))
+            parameters = tuple(parameter for group in optimizer.param_groups for parameter in group["params"])
+            chosen = self._schedules[name]
+            schedule = None if chosen is None else schedules.Running(chosen, optimizer)
+            updates[name] = Update(
+                optimizer,
+                # All of the module's where there is one optimizer: its loss reaches them all.
+                tuple(self.module.parameters()) if self.is_single else parameters,
+                clip=self._clip and partial(self._clip, parameters),
+                schedule=schedule,
+                scaled_step=self.scaler
+                and precision.ScaledStep(optimizer, self.scaler, schedule if _moves_each_step(schedule) else None),
+                rate_name="lr" if self.is_single else f"{name}_lr",
+            )
+            if optimizers.needs_closure(optimizer) and (self.scaler is not None or not self.is_single):
+                what = "precision='16'" if self.scaler is not None else "several optimizers"
+                raise ValueError(
+                    f"{type(optimizer).__name__} evaluates the loss several times a step, which does not go with "
+                    f"{what}. Give another optimizer, or precision='bf16' or '32'."
+                )
+        self.updates = updates
+
+    def _parameters_for(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        if self.is_single:
+            return list(self.module.named_parameters())
+        if name in self._given:
+            return []
+        return optimizers.named_parameters(self.module, name)
+
+
+def _moves_each_step(schedule: schedules.Running | None) -> bool:
+    return schedule is not None and schedule.schedule.every == "step"
+
+
+def _for_each(named: dict[str, Any], given: Any, is_meant: Callable[[Mapping], bool]) -> dict[str, Any]:
+    """One setting for each optimizer: `given` by their names, or the same for all."""
+    if isinstance(given, Mapping) and "" not in named and is_meant(given):
+        if unknown := sorted(set(given) - set(named)):
+            raise ValueError(f"{unknown[0]!r} names no optimizer; they are {', '.join(map(repr, named))}.")
+        return {name: given.get(name) for name in named}
+    return dict.fromkeys(named, given)
+
+
+def _clipper(clip: Any) -> Callable[..., Any] | None:
+    """What `compile` was given as `clip` -> torch's function that does it, to be called with the parameters."""
+    if clip is None:
+        return None
+    kind, bound = clip if isinstance(clip, (tuple, list)) and len(clip) == 2 else ("norm", clip)
+    is_number = isinstance(bound, Real) and not isinstance(bound, bool)
+    if kind not in ("norm", "value") or not is_number or not bound > 0:
+        raise ValueError(
+            f"clip={clip!r} is no bound of gradients. Give a number above 0 (their global norm), ('norm', 1.0) or "
+            f"('value', 0.5)."
+        )
+    if kind == "norm":
+        return partial(nn.utils.clip_grad_norm_, max_norm=float(bound))
+    return partial(nn.utils.clip_grad_value_, clip_value=float(bound))

@@ -1,0 +1,148 @@
+"""Batches in pieces that fit into memory, with the gradient of the whole batch.
+
+Each piece's loss counts by its samples (or unmasked targets), so the split changes nothing but rounding; with one
+exception that no library can avoid: BatchNorm normalizes by the statistics of the piece it sees.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .accumulation import Window
+from .step import Batch, Recipe, samples_in
+from .structures import map_structure
+
+
+class PiecewiseStep:
+    """`forward_backward` in pieces of at most `size` samples.
+
+    Args:
+        size: Samples in a piece, or `"auto"`: whole batches, and half as many samples after each out-of-memory error.
+    """
+
+    def __init__(self, size: int | str) -> None:
+        self.may_halve = size == "auto"
+        self.size: int | None = None if self.may_halve else size
+        self._has_said = False
+
+    def __call__(self, recipe: Recipe, batch: Batch) -> bool:
+        samples = samples_in(batch[0])
+        while True:
+            size = min(self.size or samples, samples)
+            if not self.may_halve:
+                self._add(recipe, recipe.window, batch, size)
+                break
+            before = _State(recipe)
+            try:
+                tried = recipe.window.beside()
+                self._add(recipe, tried, batch, size)
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            else:
+                before.add_gradients(recipe.window, tried)
+                break
+            # Outside of the `except`: the traceback of the error keeps what the failed try held.
+            del tried
+            before.restore()
+            free_memory(recipe.device)
+            self.size = size // 2
+            self._say(size, reason)
+        return recipe.window.count_batch()
+
+    def _add(self, recipe: Recipe, window: Window, batch: Batch, size: int) -> None:
+        """Forward and backward of each piece; what they computed is tracked once all of them have fitted."""
+        samples, computed = samples_in(batch[0]), []
+        for piece in pieces(batch, size):
+            x, target, weight = piece
+            piece_samples = samples_in(x)
+            output, loss = recipe.compute(x, target, weight)
+            for hook in recipe.hooks.on_before_backward:
+                hook(loss)
+            shares = recipe.shares(loss, output, piece, piece_samples)
+            window.backward(shares, piece_samples / samples, recipe.backward)
+            for hook in recipe.hooks.on_after_backward:
+                hook()
+            computed.append((recipe.tracker.values_of(loss), output, target, piece_samples))
+        for values, output, target, piece_samples in computed:
+            recipe.tracker.add(values, output, target, piece_samples)
+
+    def _say(self, size: int, reason: str) -> None:
+        if not self._has_said:
+            self._has_said = True
+            warnings.warn(
+                f"microbatch='auto': a piece of {size} samples did not fit into memory ({reason}); going on with "
+                f"pieces of {self.size}.",
+                stacklevel=2,
+            )
+
+
+class _State:
+    """What a failed try changes, and what it must not: gradients gathered before, buffers, random numbers."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.parameters = recipe.window.parameters
+        self.gradients = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.buffers = [(buffer, buffer.clone()) for buffer in recipe.module.buffers()]
+        self.device = recipe.device
+        self.random = torch.get_rng_state()
+        self.device_random = torch.get_device_module(self.device).get_rng_state() if self._has_own_random else None
+
+    @property
+    def _has_own_random(self) -> bool:
+        return self.device.type != "cpu"
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Everything as before the try."""
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        for buffer, before in self.buffers:
+            buffer.copy_(before)
+        torch.set_rng_state(self.random)
+        if self._has_own_random:
+            torch.get_device_module(self.device).set_rng_state(self.device_random)
+
+    def add_gradients(self, window: Window, tried: Window) -> None:
+        """The try succeeded: adds what it gathered to what was there."""
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+        window.join(tried)
+
+
+def pieces(batch: Batch, size: int) -> Iterator[Batch]:
+    """Cuts a batch into pieces of at most `size` samples; views, nothing is copied."""
+    samples = samples_in(batch[0])
+    for start in range(0, samples, size):
+
+        def cut(leaf: Any, start: int = start) -> Any:
+            is_of_samples = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == samples
+            return leaf[start : start + size] if is_of_samples else leaf
+
+        yield tuple(map_structure(cut, part) for part in batch)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # The CPU's allocator and some libraries of CUDA raise plain RuntimeErrors.
+    known = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in known)
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what nobody refers to any more."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
