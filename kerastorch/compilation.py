@@ -101,10 +101,9 @@ class Compiled:
     def change_schedule(self, schedule: Any) -> None:
         """Has the rates of all optimizers follow another schedule from here on."""
         for update in self.updates.values():
-            update.schedule = None if schedule is None else schedules.Running(schedules.get(schedule), update.optimizer)
             if update.scaled_step is not None:
                 update.scaled_step.settle()
-                update.scaled_step.schedule = update.schedule if _moves_each_step(update.schedule) else None
+            update.schedule = None if schedule is None else schedules.Running(schedules.get(schedule), update.optimizer)
 
     def _jitted(self, compute: Callable) -> Callable:
         return Jitted(compute, self.loss, self._jit) if self._jit else compute
@@ -129,8 +128,7 @@ class Compiled:
                 tuple(self.module.parameters()) if self.is_single else parameters,
                 clip=self._clip and partial(self._clip, parameters),
                 schedule=schedule,
-                scaled_step=self.scaler
-                and precision.ScaledStep(optimizer, self.scaler, schedule if _moves_each_step(schedule) else None),
+                scaled_step=self.scaler and precision.ScaledStep(optimizer, self.scaler),
                 rate_name="lr" if self.is_single else f"{name}_lr",
             )
             if optimizers.needs_closure(optimizer) and (self.scaler is not None or not self.is_single):
@@ -147,10 +145,6 @@ class Compiled:
         if name in self._given:
             return []
         return optimizers.named_parameters(self.module, name)
-
-
-def _moves_each_step(schedule: schedules.Running | None) -> bool:
-    return schedule is not None and schedule.schedule.every == "step"
 
 
 def _for_each(named: dict[str, Any], given: Any, is_meant: Callable[[Mapping], bool]) -> dict[str, Any]:

@@ -162,31 +162,32 @@ class ScaledStep:
     Args:
         optimizer: Whose gradients `scaler.unscale_` has divided.
         scaler: Scales the losses of this optimizer.
-        schedule: Its `after_step` is called after each step that was taken; `None` = there is none.
     Attributes:
         skipped: Steps left out so far: 0, or a scalar on the device.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, schedule: Any = None) -> None:
-        self.optimizer, self.scaler, self.schedule = optimizer, scaler, schedule
+    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        self.optimizer, self.scaler = optimizer, scaler
         self.skipped: Tensor | int = 0
-        self._last: _Flag | None = None
+        self._last: tuple[_Flag, Any] | None = None
 
-    def __call__(self) -> None:
+    def __call__(self, schedule: Any = None) -> None:
+        """One step; `schedule.after_step` follows it if it was taken, unless `schedule` is `None`."""
         self.settle()
         self.scaler.step(self.optimizer)
         # GradScaler keeps for itself what it found, and only until its `update`.
         found = [*self.scaler._found_inf_per_device(self.optimizer).values()]
         is_skipped = sum(flag.to(found[0].device, non_blocking=True) for flag in found) > 0
         self.skipped = self.skipped + is_skipped
-        if self.schedule is not None:
-            self._last = _Flag(is_skipped)
+        if schedule is not None:
+            self._last = _Flag(is_skipped), schedule
 
     def settle(self) -> None:
         """Has the schedule follow the last step, if that was taken."""
-        last, self._last = self._last, None
-        if last is not None and not last.read():
-            self.schedule.after_step()
+        if self._last is not None:
+            (was_skipped, schedule), self._last = self._last, None
+            if not was_skipped.read():
+                schedule.after_step()
 
 
 class _Flag:
