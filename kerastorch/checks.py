@@ -55,7 +55,7 @@ def refuse_class_weight(class_weight: Any) -> None:
         raise ValueError(f"class_weight={class_weight!r} is not {{class index: weight}}, such as {{0: 1.0, 1: 5.0}}.")
 
 
-def refuse_accumulation(accumulate: Any, microbatch: Any) -> None:
+def refuse_accumulation(accumulate: Any, microbatch: Any, tbptt_steps: int | None, has_own_step: bool) -> None:
     """`accumulate` must be a count or counts by epoch, from epoch 0 on; `microbatch` a count, "auto" or `None`."""
     if isinstance(accumulate, Mapping):
         counts = [*accumulate.values()]
@@ -77,6 +77,7 @@ def refuse_accumulation(accumulate: Any, microbatch: Any) -> None:
         raise ValueError(
             f"microbatch={microbatch!r} is no number of samples. Give a whole number from 1 up, or 'auto'."
         )
+    _refuse_pieces(tbptt_steps, has_own_step, accumulate, microbatch)
 
 
 def _is_count(value: Any, least: int = 1) -> bool:
@@ -90,7 +91,7 @@ def size_at(accumulate: int | Mapping[int, int], epoch: int) -> int:
     return accumulate
 
 
-def refuse_pieces(tbptt_steps: int | None, has_own_step: bool, accumulate: Any, microbatch: Any) -> None:
+def _refuse_pieces(tbptt_steps: int | None, has_own_step: bool, accumulate: Any, microbatch: Any) -> None:
     """Steps that are not made of whole batches cannot be gathered or cut."""
     gathers = accumulate != 1
     if tbptt_steps is not None and (gathers or microbatch is not None):

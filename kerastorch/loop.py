@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import warnings
@@ -13,7 +14,16 @@ from typing import Any
 import torch
 
 from .history import History
-from .step import Recipe, close_windows, evaluation_step, forward, forward_backward, open_windows, optimizer_step
+from .step import (
+    Recipe,
+    close_windows,
+    evaluation_step,
+    forward,
+    forward_backward,
+    move_schedules,
+    open_windows,
+    optimizer_step,
+)
 from .structures import map_structure
 
 
@@ -56,19 +66,12 @@ def fit(
                 break
             logs = training.tracker.result() | training.rates
             if validate is not None and is_validated(epoch) and not interruption.requested:
-                for hook in hooks.on_validation_begin:
-                    hook({})
-                values = validate(interruption)
-                for hook in hooks.on_validation_end:
-                    hook(values)
-                if not interruption.requested:  # else they are means over a part of the data
-                    logs |= {f"val_{name}": value for name, value in values.items()}
-            for update in training.updates.values():
-                if update.schedule is not None:
-                    update.schedule.after_epoch(logs)
+                logs |= _validation_logs(hooks, validate, interruption)
+            move_schedules(training, logs)
             for hook in hooks.on_epoch_end:
                 hook(epoch, logs)
             history.record(epoch, logs)
+            _warn_of_lost_loss(epoch, history)
             model.epochs_trained += 1
             if model.stop_training or interruption.requested:
                 break
@@ -106,6 +109,17 @@ def train_epoch(model: Any, training: Recipe, step: Callable, batches: Iterable,
         interruption.requested = True
     close_windows(training)
     return index + 1
+
+
+def _validation_logs(hooks: SimpleNamespace, validate: Callable, interruption: SimpleNamespace) -> dict[str, Any]:
+    for hook in hooks.on_validation_begin:
+        hook({})
+    values = validate(interruption)
+    for hook in hooks.on_validation_end:
+        hook(values)
+    if interruption.requested:  # they are means over a part of the data
+        return {}
+    return {f"val_{name}": value for name, value in values.items()}
 
 
 def set_modes(training: Recipe) -> None:
@@ -193,6 +207,16 @@ def announced_errors(hooks: SimpleNamespace) -> Iterator[None]:
         for hook in hooks.on_exception:
             hook(error)
         raise
+
+
+def _warn_of_lost_loss(epoch: int, history: History) -> None:
+    losses = history.history.get("loss", [])
+    if losses and not math.isfinite(losses[-1]) and all(map(math.isfinite, losses[:-1])):
+        warnings.warn(
+            f"the loss of epoch {epoch + 1} is {losses[-1]}. Try a lower lr or clip=1.0 in compile, and look for NaN "
+            f"or very large values in the data.",
+            stacklevel=4,
+        )
 
 
 def _say_that_data_ended(epoch: int, history: History) -> None:

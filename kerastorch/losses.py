@@ -174,6 +174,10 @@ class Loss:
         self.threshold = 0.5 if is_known else 0.0
         self.is_unchecked, self._known_targets, self.has_warned = True, (), False
         self._may_be_masked = True
+        self._unreduced: nn.Module | None = None
+        if isinstance(function, nn.Module) and hasattr(function, "reduction"):
+            self._unreduced = copy.copy(function)  # which shares its tensors
+            self._unreduced.reduction = "none"
 
     @property
     def class_weights(self) -> Tensor | None:
@@ -221,10 +225,8 @@ class Loss:
         return losses.sum() / units
 
     def _per_sample(self, output: Tensor, target: Tensor) -> Tensor:
-        if isinstance(self.function, nn.Module) and hasattr(self.function, "reduction"):
-            module = copy.copy(self.function)
-            module.reduction = "none"
-            losses = module(output, target)
+        if self._unreduced is not None:
+            losses = self._unreduced(output, target)
         elif self.targets is not None:
             losses = self.function(output, target, reduction="none")
         else:

@@ -245,8 +245,7 @@ class Model:
         checks.refuse_validation(validation_split, validation_freq)
         checks.refuse_initial_epoch(initial_epoch)
         checks.refuse_class_weight(class_weight)
-        checks.refuse_accumulation(accumulate, microbatch)
-        checks.refuse_pieces(self._compiled.tbptt_steps, self._overrides("train_step"), accumulate, microbatch)
+        checks.refuse_accumulation(accumulate, microbatch, self._compiled.tbptt_steps, self._overrides("train_step"))
         callbacks, epoch_numbers = _as_list(callbacks), range(initial_epoch, epochs)
 
         source = data, y, sample_weight
@@ -256,22 +255,19 @@ class Model:
         training_data = open_data(*source, self._reading(batch_size, shuffle=shuffle, class_weight=class_weight))
         validation = None
         if held_out[0] is not None:
-            may_enlarge = not _hears_batches(callbacks, "test")
-            reading = self._reading(validation_batch_size, fallback_batch_size=batch_size, may_enlarge=may_enlarge)
-            validation = open_data(*held_out, reading)
+            validation = self._open_validation(held_out, validation_batch_size, batch_size, callbacks)
             checks.refuse_unlike(training_data.targets, validation.targets)
             checks.refuse_second_pass(validation.repeats, validation_steps, epoch_numbers, validation_freq)
 
         batches = steps_per_epoch or training_data.steps
         params = {"verbose": verbose, "epochs": epochs, "steps": batches}
-        if not self._logs_names_of_its_own():
-            checks.refuse_unknown_monitors(callbacks, self._training_tracker.keys(), validation is not None)
-        hooks = self._hooks(callbacks, verbose, params)
         training_data = self._with_optimizer(training_data)
+        self._refuse_unknown_monitors(callbacks, validation is not None)
+        hooks = self._hooks(callbacks, verbose, params)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
         training = self._training_recipe(self._training_tracker, hooks, accumulate, batches, microbatch)
         step = self._step(training, microbatch)
-        self._expect(*(opened.targets for opened in (training_data, validation) if opened is not None))
+        self._expect(training_data, validation)
         self._begin_schedules(self._pieces_in(training_data, batches), accumulate, epochs, initial_epoch)
         with self._run(training, training_data):
             self.history, self.stop_training = History(params), False
@@ -320,7 +316,7 @@ class Model:
         training = self._training_recipe(self._evaluation_tracker, NO_HOOKS, accumulate=1, batches=1)
         step = self._step(training)
         self._evaluation_tracker.reset()
-        self._expect(batch.targets)
+        self._expect(batch)
         for update in self._compiled.updates.values():
             if update.schedule is not None and not update.schedule.has_begun:
                 update.schedule.begin(None)
@@ -365,7 +361,7 @@ class Model:
         may_enlarge = steps is None and not _hears_batches(callbacks, "test")
         opened = open_data(data, y, sample_weight, self._reading(batch_size, may_enlarge=may_enlarge))
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
-        self._expect(opened.targets)
+        self._expect(opened)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
         with self._computing(), self._shown(evaluation), loop.announced_errors(hooks):
             logs = loop.evaluate(evaluation, self._batches(islice(opened.batches(0), steps)))
@@ -580,9 +576,6 @@ class Model:
     def _overrides(self, name: str) -> bool:
         return getattr(getattr(self, name), "__func__", None) is not getattr(Model, name)
 
-    def _logs_names_of_its_own(self) -> bool:
-        return self._overrides("train_step") or self._overrides("compute_loss") or self._compiled.has_own_loss
-
     def _own_loss(self, batch: tuple) -> Any:
         self._output, self._running.samples = None, samples_in(batch[0])
         return self.compute_loss(batch)
@@ -620,6 +613,10 @@ class Model:
             evaluating=may_enlarge and self._treats_samples_alone(),
             **options,
         )
+
+    def _open_validation(self, source: tuple, batch_size: int | None, fallback: int | None, callbacks: list) -> Data:
+        may_enlarge = not _hears_batches(callbacks, "test")
+        return open_data(*source, self._reading(batch_size, fallback_batch_size=fallback, may_enlarge=may_enlarge))
 
     def _treats_samples_alone(self) -> bool:
         """Whether results cannot depend on how samples are batched, as far as is known."""
@@ -734,10 +731,20 @@ class Model:
             return data, None
         return iter(data) if isinstance(data, list) else (data[0], None)
 
-    def _expect(self, *targets: Any) -> None:
+    def _expect(self, *data: Data | None) -> None:
         """Has loss and metrics checked on the next batch, and the loss on all the targets that are in memory."""
         self._training_tracker.expect()
-        self._compiled.loss.expect(*targets)
+        self._compiled.loss.expect(*(opened.targets for opened in data if opened is not None))
+
+    def _refuse_unknown_monitors(self, callbacks: list[Any], is_validated: bool) -> None:
+        if self._overrides("train_step") or self._overrides("compute_loss") or self._compiled.has_own_loss:
+            return  # they may log anything
+        updates = self._compiled.updates.values()
+        names = self._training_tracker.keys() + [update.rate_name for update in updates if update.schedule is not None]
+        monitoring = [update.schedule.schedule for update in updates if update.schedule is not None]
+        for one in monitoring:
+            checks.refuse_unknown_monitors([one], names, is_validated)
+        checks.refuse_unknown_monitors(callbacks, names, is_validated)
 
     def _hooks(self, callbacks: list[Any], verbose: int | str, params: dict[str, Any]) -> Any:
         callbacks = callbacks + progress_for(verbose, callbacks)
@@ -819,6 +826,11 @@ def _as_it_came(module: nn.Module) -> Iterator[None]:
             raise TypeError(
                 f"the module computes in {_dtype_of(module)}, and torch says of its inputs: {error}. "
                 f'Give inputs of the dtype that the layers expect, e.g. x.astype("float32") for whole numbers.'
+            ) from error
+        if "does not require grad and does not have a grad_fn" in str(error):
+            raise ValueError(
+                "the loss has no gradient: nothing it was computed from depends on a trainable parameter. Leave out "
+                "what cuts the graph (detach, no_grad, argmax, numpy), or unfreeze a parameter."
             ) from error
         raise
     finally:

@@ -158,6 +158,13 @@ def close_windows(recipe: Recipe) -> None:
             optimizer_step(recipe, update)
 
 
+def move_schedules(recipe: Recipe, logs: Mapping[str, Any]) -> None:
+    """After an epoch: moves the rates that go by epochs."""
+    for update in recipe.updates.values():
+        if update.schedule is not None:
+            update.schedule.after_epoch(logs)
+
+
 def loss_scale(recipe: Recipe) -> Tensor | None:
     """What the scaler multiplies losses by now: a scalar on the device; `None` = there is no scaler."""
     return None if recipe.scaler is None else recipe.scaler.scale(torch.ones((), device=recipe.device))
