@@ -61,7 +61,7 @@ class Compiled:
         chosen_loss = losses.get(loss)
         self.has_own_loss = chosen_loss is None
         self.loss: Loss | SumOfLosses | OwnLoss = OwnLoss(module) if chosen_loss is None else chosen_loss
-        losses.place(chosen_loss, device)
+        losses.place(self.loss, device)
         self.is_single = not isinstance(optimizer, Mapping)
         named = {"": optimizer} if self.is_single else dict(optimizer)
         if not named:
@@ -87,6 +87,8 @@ class Compiled:
         if self.tbptt_steps is None:
             network = precision.in_precision(self.module, self.precision, self.device)
         else:
+            for part in losses.parts_of(self.loss):  # time is dim 1, in pieces of as many steps as classes too
+                part.layout.is_last = True
             run = precision.in_autocast(self.module, self.precision, self.device)
             stateful = lambda *inputs, **named: checked_state(run(*inputs, **named))  # noqa: E731
             self.with_state = self._jitted(output_loss_and_state(stateful, self.loss))

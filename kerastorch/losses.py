@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .targets import align_classes, check_classes, check_values, come_from_a_sigmoid, sum_to_one
+from .targets import Layout, align_classes, check_classes, check_values, come_from_a_sigmoid, sum_to_one
 
 
 def _log_cosh(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -159,6 +159,7 @@ class Loss:
         is_sum: Whether it is a sum, not a mean.
         on_logits: Whether the output is expected to be logits, not probabilities.
         threshold: Above which a single output says yes: 0 for logits and margins, else 0.5.
+        layout: Where the output's classes are.
     """
 
     def __init__(self, function: Callable[..., Tensor], name: str, targets: str | None = None) -> None:
@@ -173,7 +174,7 @@ class Loss:
         is_known = targets is not None and not self.on_logits and bare not in MARGIN_FUNCTIONS
         self.threshold = 0.5 if is_known else 0.0
         self.is_unchecked, self._known_targets, self.has_warned = True, (), False
-        self._may_be_masked = True
+        self._may_be_masked, self.layout = True, Layout()
         self._unreduced: nn.Module | None = None
         if isinstance(function, nn.Module) and hasattr(function, "reduction"):
             self._unreduced = copy.copy(function)  # which shares its tensors
@@ -202,7 +203,7 @@ class Loss:
         if self.is_unchecked:
             self._check_first(output, target)
         if self.targets is CLASSES:
-            output, target = align_classes(output, target)
+            output, target = align_classes(output, target, self.layout)
         elif self.targets is VALUES and target.dtype != output.dtype:
             target = target.to(output.dtype)
         if weight is None:
@@ -255,6 +256,12 @@ class Loss:
             is_counted = weights[torch.where(is_counted, targets, 0).long()] * is_counted
         return is_counted.flatten(1).sum(1)
 
+    def counted(self, output: Tensor, target: Tensor) -> Tensor:
+        """For each loss that the mean is over whether it counts: shape (samples, ...)."""
+        if not self.masks(output, target):
+            return torch.ones(len(output), dtype=torch.bool, device=output.device)
+        return target != self.ignore_index
+
     def shares(self, loss: Tensor, output: Any, batch: tuple[Any, Any, Any], samples: int) -> list[Share]:
         """What `loss`, just computed from `output` and the batch `(x, target, weight)`, is the mean over."""
         return [Share("", loss, *self.count(output, batch[1], samples))]
@@ -289,7 +296,7 @@ class Loss:
             raise ValueError(f"the target is a {type(target).__name__}, but loss={self.name!r} takes one tensor.")
         if self.targets is CLASSES:
             # Cross entropy alone, of the losses on classes, takes probabilities too.
-            check_classes(output, target, known or (target,), self.name, self.ignore_index, self.on_logits)
+            check_classes(output, target, known or (target,), self.name, self.layout, self.ignore_index, self.on_logits)
         else:
             check_values(output, target, self.name)
         look_like_probabilities = sum_to_one if self.targets is CLASSES else come_from_a_sigmoid
@@ -462,9 +469,16 @@ def _sum_of(losses: dict[str, Any], keys: dict[str, Any]) -> SumOfLosses:
     )
 
 
-def place(loss: Loss | SumOfLosses | None, device: torch.device) -> None:
+def parts_of(loss: Loss | SumOfLosses | OwnLoss) -> list[Loss]:
+    """The losses of all outputs; none where the module has its own."""
+    if isinstance(loss, SumOfLosses):
+        return [*loss.parts.values()]
+    return [loss] if isinstance(loss, Loss) else []
+
+
+def place(loss: Loss | SumOfLosses | OwnLoss, device: torch.device) -> None:
     """Moves what losses have of tensors (`nn.CrossEntropyLoss(weight=...)`) to the device, in place."""
-    for part in loss.parts.values() if isinstance(loss, SumOfLosses) else (loss,) if loss is not None else ():
+    for part in parts_of(loss):
         if isinstance(part.function, nn.Module):
             part.function.to(device)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .losses import FUNCTIONS, VALUES, Loss, SumOfLosses, known_name
 from .structures import leaves
-from .targets import check_values, has_classes_last
+from .targets import Layout, check_values
 
 Sums = tuple[Tensor, Any]  # sum of values on the device, and how many values: an int, or a tensor on the device
 
@@ -28,13 +28,16 @@ class Mean:
 
     Attributes:
         name: Its key in logs and history.
-        function: `(output, target) -> (sum, count)`.
+        function: `(output, target, weight) -> (sum, count)`.
+        is_weighted: Whether it is given the samples' weights; else `weight` is `None`.
         joins: Whether batches may be joined before they are measured.
         finish: What is done to the mean in the end.
     """
 
     def __init__(self, name: str, function: Callable, *, joins: bool = True, finish: Callable = float) -> None:
         self.name, self.function, self.joins, self.finish = name, function, joins, finish
+        self.is_weighted = False
+        self.prefix = ""  # of its name: the name of its output
 
 
 class Stateful:
@@ -49,7 +52,7 @@ class Stateful:
     def __init__(self, name: str, metric: Any = None, build: Callable | None = None) -> None:
         self.name, self.metric, self.joins = name, metric, build is not None
         self._build, self._prepare = build, None
-        self.prefix = ""  # of the keys of a MetricCollection: the name of its output
+        self.prefix = ""  # of its name, and of the keys of a MetricCollection: the name of its output
 
     def update(self, output: Any, target: Any) -> None:
         if self.metric is None:  # which variant it is shows in the shapes
@@ -67,17 +70,36 @@ class Stateful:
         return {self.name: _plain(value)}
 
 
-def get(metrics: Any, loss: Loss | SumOfLosses | None) -> list[tuple[Any, Mean | Stateful]]:
+def get(metrics: Any, loss: Loss | SumOfLosses | None, weighted: Any = ()) -> list[tuple[Any, Mean | Stateful]]:
     """What `compile` was given as `metrics` -> pairs of the key of an output (`None` = the only one) and its metric.
 
     Args:
         metrics: A name, callable `(output, target) -> scalar or per-sample tensor` or object with `update`, `compute`
             and `reset`, or a list of these; for several outputs a dict or list of lists of them.
         loss: The losses compiled with them: names of outputs, and whether outputs are logits.
+        weighted: More of them, which are means weighted by `sample_weight` and `class_weight`; where one of the others
+            has its name, it is called `weighted_...`, as in Keras. Default: none.
     Raises:
-        ValueError: an unknown name (with the close ones), or an output without a loss of that name.
+        ValueError: an unknown name (with the close ones), an output without a loss of that name, or a score that
+            cannot be weighted.
         TypeError: something else than these.
     """
+    found = _of(metrics, loss)
+    names = {metric.name for _, metric in found}
+    for key, metric in _of(weighted, loss):
+        if not isinstance(metric, Mean):
+            raise ValueError(
+                f"weighted_metrics has {metric.name!r}, which has a state of its own and takes no weights. Give it as "
+                f"one of metrics, or a callable (output, target) -> a value for each sample."
+            )
+        metric.is_weighted = True
+        if metric.name in names:
+            metric.name = f"{metric.prefix}weighted_{metric.name.removeprefix(metric.prefix)}"
+        found.append((key, metric))
+    return found
+
+
+def _of(metrics: Any, loss: Loss | SumOfLosses | None) -> list[tuple[Any, Mean | Stateful]]:
     if isinstance(loss, SumOfLosses):
         return _of_several_outputs(metrics, loss)
     if isinstance(metrics, Mapping):
@@ -163,7 +185,9 @@ def _named(name: str, loss: Loss | None) -> Mean | Stateful:
     if key in SCORES:
         return Stateful(name, build=SCORES[key](loss))
     if (loss_name := known_name(name)) is not None:
-        return Mean(name, _sums_of_loss(Loss(FUNCTIONS[loss_name][0], name, FUNCTIONS[loss_name][1])))
+        measure = Loss(FUNCTIONS[loss_name][0], name, FUNCTIONS[loss_name][1])
+        measure.layout = Layout() if loss is None else loss.layout
+        return Mean(name, _sums_of_loss(measure))
     known = ["accuracy", "top5_accuracy", *ERRORS, *SCORES, *ALIASES]
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known are {', '.join(known[:9])}."
@@ -174,25 +198,43 @@ def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-def _sums_of_loss(loss: Loss) -> Callable[[Tensor, Tensor], Sums]:
+def _sums_of_loss(loss: Loss) -> Callable[..., Sums]:
     """Any loss is a metric too, as in Keras."""
 
-    def sums(output: Tensor, target: Tensor) -> Sums:
-        count = loss.units(target[None])[0] if loss.masks(output, target) else len(output)
-        return loss(output, target) * count, count
+    def sums(output: Tensor, target: Tensor, weight: Tensor | None) -> Sums:
+        masks = loss.masks(output, target)
+        count = loss.units(target[None])[0] if masks else len(output)
+        total = loss(output, target, weight) * count
+        return (total, count) if weight is None else (total, _summed(loss.counted(output, target), weight)[0])
 
     return sums
 
 
-def _sums_of(function: Callable) -> Callable[[Any, Any], Sums]:
+def _sums_of(function: Callable) -> Callable[..., Sums]:
     """A user's metric as sum and count: a scalar is the mean of its batch, anything else one value a sample."""
 
-    def sums(output: Any, target: Any) -> Sums:
+    def sums(output: Any, target: Any, weight: Tensor | None) -> Sums:
         values = torch.as_tensor(function(output, target)).detach()
+        if values.ndim > 0:
+            return _summed(values, weight)
+        if weight is not None:
+            raise ValueError(
+                f"weighted_metrics has {function!r}, which returned one number for a batch. Return a value for each "
+                f"sample, shape ({len(weight)},), or give it as one of metrics."
+            )
         samples = len(next(leaves(output)))
-        return (values * samples, samples) if values.ndim == 0 else (values.sum(), values.numel())
+        return values * samples, samples
 
     return sums
+
+
+def _summed(values: Tensor, weight: Tensor | None, counts: Tensor | None = None) -> Sums:
+    """Sum and count of values, of those alone that count, and each as often as its sample weighs."""
+    if weight is not None:
+        weight = weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim)).expand_as(values)
+        weight = weight if counts is None else weight * counts
+        return (values * weight).sum(), weight.sum()
+    return (values.sum(), values.numel()) if counts is None else ((values & counts).sum(), counts.sum())
 
 
 class Accuracy:
@@ -211,37 +253,36 @@ class Accuracy:
     def __init__(self, loss: Loss | None, k: int = 1, is_binary: bool | None = None) -> None:
         self.k, self.is_binary = k, is_binary
         self.ignore_index = getattr(loss, "ignore_index", None)
+        self.layout = Layout() if loss is None else loss.layout
         self.compares_values = loss is not None and loss.targets is VALUES
         self.threshold = loss.threshold if self.compares_values else 0.0
 
-    def __call__(self, output: Tensor, target: Tensor) -> Sums:
+    def __call__(self, output: Tensor, target: Tensor, weight: Tensor | None) -> Sums:
         if self.is_binary or (self.is_binary is None and self._is_binary(output, target)):
             target = target.reshape(output.shape)
-            right = (output > self.threshold) == (target > 0.5)
-            return right.sum(), right.numel()
-        return self._of_classes(output, target)
+            return _summed((output > self.threshold) == (target > 0.5), weight)
+        return self._of_classes(output, target, weight)
 
     def _is_binary(self, output: Tensor, target: Tensor) -> bool:
         compares = output.shape == target.shape and self.compares_values and self.k == 1
         return compares or has_one_value(output, target)
 
-    def _of_classes(self, output: Tensor, target: Tensor) -> Sums:
-        output, target = classes_first(output, target)
+    def _of_classes(self, output: Tensor, target: Tensor, weight: Tensor | None) -> Sums:
+        output, target = classes_first(output, target, self.layout)
         if self.k == 1:
             right = output.argmax(1) == target
         else:
             k = min(self.k, output.shape[1])
             right = (output.topk(k, dim=1).indices == target.unsqueeze(1)).any(1)
-        if self.ignore_index is None:
-            return right.sum(), right.numel()
-        counts = target != self.ignore_index
-        return (right & counts).sum(), counts.sum()
+        return _summed(right, weight, None if self.ignore_index is None else target != self.ignore_index)
 
 
-def _values(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Sums]:
-    def sums(output: Tensor, target: Tensor) -> Sums:
+def _values(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Sums]:
+    def sums(output: Tensor, target: Tensor, weight: Tensor | None) -> Sums:
         check_values(output, target, "the metric")
         values = function(output, target.to(output.dtype))
+        if weight is not None:
+            return _summed(values, weight)
         return values.sum(dtype=torch.float64 if values.device.type != "mps" else None), values.numel()
 
     return sums
@@ -285,10 +326,11 @@ def _score(name: str, **options: Any) -> Callable[[Loss | None], Callable]:
                 metric = getattr(classification, f"Multilabel{name}")(num_labels=output.shape[1], **options)
                 prepare = partial(_binary_scores, loss)
             else:
-                classes = output.shape[-1 if has_classes_last(output, target) else 1]
+                layout = Layout() if loss is None else loss.layout
+                classes = output.shape[-1 if layout.has_classes_last(output, target) else 1]
                 ignored = getattr(loss, "ignore_index", None)
                 metric = getattr(classification, f"Multiclass{name}")(classes, ignore_index=ignored, **options)
-                prepare = _class_scores
+                prepare = partial(_class_scores, layout)
             return metric.to(output.device), prepare
 
         return build
@@ -302,8 +344,8 @@ def _binary_scores(loss: Loss | None, output: Tensor, target: Tensor) -> tuple[T
     return (_wide(output) - threshold).sigmoid().reshape(target.shape), (target > 0.5).long()
 
 
-def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    output, target = classes_first(output, target)
+def _class_scores(layout: Layout, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    output, target = classes_first(output, target, layout)
     return _wide(output).softmax(1), target.long()
 
 
@@ -341,13 +383,13 @@ def has_one_value(output: Tensor, target: Tensor) -> bool:
     return output.ndim == 1 or (output.shape[-1] == 1 and output.numel() == target.numel())
 
 
-def classes_first(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def classes_first(output: Tensor, target: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Output with its classes in dim 1, and targets as indices: one-hot ones are read, a last dim of 1 is dropped."""
     if target.shape == output.shape:
         return output, target.argmax(1)
     if target.ndim == output.ndim and target.shape[-1] == 1:
         target = target.squeeze(-1)
-    if output.ndim > 2 and has_classes_last(output, target):
+    if output.ndim > 2 and layout.has_classes_last(output, target):
         output = output.movedim(-1, 1)
     return output, target
 

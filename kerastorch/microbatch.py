@@ -70,9 +70,9 @@ class PiecewiseStep:
             window.backward(shares, piece_samples / samples, recipe.backward)
             for hook in recipe.hooks.on_after_backward:
                 hook()
-            computed.append((recipe.tracker.values_of(loss), output, target, piece_samples))
-        for values, output, target, piece_samples in computed:
-            recipe.tracker.add(values, output, target, piece_samples)
+            computed.append((recipe.tracker.values_of(loss), output, target, piece_samples, weight))
+        for piece_values in computed:
+            recipe.tracker.add(*piece_values)
 
     def _say(self, size: int, reason: str) -> None:
         if not self._has_said:

@@ -86,6 +86,7 @@ class Model:
         loss: Any = None,
         *,
         metrics: Any = (),
+        weighted_metrics: Any = (),
         precision: str | int = "32",
         clip: float | tuple[str, float] | None = None,
         lr: float | Mapping[str, float] | None = None,
@@ -104,7 +105,9 @@ class Model:
                 `(output, target) -> tensor`; for several outputs a dict or list of these, each optionally
                 `(loss, weight)`. `None` = the module returns its own loss. Default: `None`.
             metrics: Names, callables `(output, target) -> scalar or per-sample tensor`, torchmetrics objects; for
-                several outputs a dict or list of lists of these. Default: none.
+                several outputs a dict or list of lists of these. They are not weighted. Default: none.
+            weighted_metrics: More of these, but no torchmetrics, weighted by `sample_weight` and `class_weight`, as in
+                Keras. Default: none.
             precision: `"32"`, `"tf32"`, `"16"` and `"bf16"` (autocast), `"16-true"`, `"bf16-true"`, `"64"` (the
                 module is cast). Default: `"32"`, the module's own dtype.
             clip: Bound of the gradients' global norm before each step, or `("value", bound)`. Default: none.
@@ -137,7 +140,7 @@ class Model:
             tbptt_steps=tbptt_steps,
         )
         checks.refuse_combinations(compiled, jit, self._overrides("train_step"), self._overrides("compute_loss"))
-        chosen_metrics = named_metrics.get(metrics, None if compiled.has_own_loss else compiled.loss)
+        chosen_metrics = named_metrics.get(metrics, None if compiled.has_own_loss else compiled.loss, weighted_metrics)
         # A lazy module has no parameters yet, and a module without any can still be evaluated.
         waits = _is_lazy(self.module) or not any(True for _ in self.module.parameters())
         if not waits:
@@ -539,7 +542,7 @@ class Model:
         """
         x, y, weight = (*batch, None)[:3]
         output, loss = self._compiled.compute(x, y, weight)
-        self._running.tracker.add(loss, output, y, samples_in(x))
+        self._running.tracker.add(loss, output, y, samples_in(x), weight)
         self.backward(loss)
         self.optimizer_step()
 

@@ -5,21 +5,24 @@ The user says which loss goes where; precision, accumulation, clipping and sched
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .accumulation import Parked
 from .precision import LOW, Precision, autocast
-from .step import Batch, Recipe, loss_scale, optimizer_step, samples_in
+from .step import Batch, Recipe, Update, loss_scale, optimizer_step, samples_in
 
 
 class OwnStep:
     """Calls the user's `train_step` where `forward_backward` is called otherwise.
 
     One round of backward passes ends with the optimizer steps that follow it. The next round starts without gradients:
-    what the loss of one network left behind in another's parameters is used by nobody.
+    what the loss of one network left behind in another's parameters is used by nobody. Only a `train_step` that asks
+    for no step leaves its gradients to the next one.
 
     Args:
         train_step: Called with `(x, y)`, or `(x, y, weight)` where there are weights.
@@ -29,27 +32,42 @@ class OwnStep:
 
     def __init__(self, train_step: Callable[[tuple], Any], recipe: Recipe, precision: Precision) -> None:
         self.train_step, self.recipe, self.precision = train_step, recipe, precision
-        self._first_samples = 0
+        # All of the module's: a loss also reaches those that are in no optimizer.
+        self._parameters = tuple(recipe.module.parameters())
+        self._first_samples = self._batches = self._calls = 0
         self._has_stepped = self._has_scaled_step = False
+        for update in recipe.updates.values():
+            update.parked = None  # what an earlier run left open
 
     def __call__(self, recipe: Recipe, batch: Batch) -> bool:
         x, target, weight = batch
         samples = recipe.samples = len(x) if isinstance(x, Tensor) else samples_in(x)
         self._first_samples, before = self._first_samples or samples, recipe.tracker.samples
+        if recipe.window is not None:  # new in each epoch; here it is calls of `optimizer_step` that fill a window
+            single, size, recipe.window = recipe.updates[""], recipe.window.size, None
+            single.parked = Parked(single.parameters, size)
+        calls = self._calls
         with autocast(self.precision, recipe.device):
             returned = self.train_step((x, target) if weight is None else (x, target, weight))
         recipe.tracker.samples = before + samples
-        for name, value in returned.items() if isinstance(returned, Mapping) else ():
-            recipe.tracker.log(name, value, samples)
-        self._end_round()
+        self._log(returned)
+        if self._calls > calls:
+            self._end_round()
+        self._batches += 1
+        if self._batches == recipe.batches and self._calls == 0:
+            warnings.warn(
+                f"train_step did not call self.optimizer_step in the first epoch ({self._batches} batches): no "
+                f"optimizer has stepped. Call it after self.backward(loss).",
+                stacklevel=5,
+            )
         return False
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a loss."""
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(
-                f"backward was given {'a loss without a gradient' if isinstance(loss, Tensor) else repr(loss)}, "
-                f"expected a scalar tensor computed from trainable parameters. Compute it without detach or no_grad."
+                f"backward was given {_described(loss)}, expected a scalar tensor computed from trainable parameters. "
+                f"Take the mean over the samples, without detach or no_grad on the way to it."
             )
         recipe = self.recipe
         if self._has_stepped:
@@ -64,20 +82,43 @@ class OwnStep:
 
     def optimizer_step(self, name: str | None) -> None:
         """Steps one optimizer, once its window of batches is full, and clears its gradients."""
-        updates = self.recipe.updates
-        if name is None and len(updates) == 1:
-            name = next(iter(updates))
-        if name not in updates:
-            known = ", ".join(map(repr, updates))
-            raise ValueError(f"optimizer_step was given {name!r}, but the optimizers are {known}. Name one of them.")
-        update, self._has_stepped = updates[name], True
+        recipe, update = self.recipe, self._update(name)
+        self._calls, self._has_stepped = self._calls + 1, True
         if update.parked is not None:
-            scale = loss_scale(self.recipe)
+            scale = loss_scale(recipe)
             if not update.parked.take(self._weight(), scale):
                 return
             update.parked.put_back(scale)
-        optimizer_step(self.recipe, update)
-        self._has_scaled_step = self.recipe.scaler is not None and len(updates) > 1
+        if recipe.scaler is not None and all(parameter.grad is None for parameter in update.parameters):
+            return  # of an optimizer whose parameters are all frozen, torch's scaler would know no overflow
+        with torch.autocast(recipe.device.type, enabled=False):
+            optimizer_step(recipe, update)
+        # The autocast around `train_step` keeps casts of the weights, which are no longer those of the weights.
+        torch.clear_autocast_cache()
+        self._has_scaled_step = recipe.scaler is not None and len(recipe.updates) > 1
+
+    def _update(self, name: str | None) -> Update:
+        updates = self.recipe.updates
+        if name is None and len(updates) == 1:
+            name = next(iter(updates))
+        if name in updates:
+            return updates[name]
+        if "" in updates:
+            raise ValueError(
+                f"optimizer_step was given {name!r}, but compile was given one optimizer, without a name. Call "
+                f"self.optimizer_step()."
+            )
+        known = ", ".join(map(repr, updates))
+        raise ValueError(f"optimizer_step was given {name!r}, but the optimizers are {known}. Name one of them.")
+
+    def _log(self, returned: Any) -> None:
+        if returned is not None and not isinstance(returned, Mapping):
+            raise TypeError(
+                f"train_step returned a {type(returned).__name__}, expected None or a dict of values to log. Return "
+                f"{{'loss': loss}}, or call self.log('loss', loss)."
+            )
+        for name, value in (returned or {}).items():
+            self.recipe.tracker.log(name, value, self.recipe.samples)
 
     def _gathers(self) -> bool:
         return any(update.parked is not None for update in self.recipe.updates.values())
@@ -87,9 +128,15 @@ class OwnStep:
         return self.recipe.samples / self._first_samples
 
     def _end_round(self) -> None:
-        for update in self.recipe.updates.values():
-            for parameter in update.parameters:
-                parameter.grad = None
+        for parameter in self._parameters:
+            parameter.grad = None
         if self._has_scaled_step:
             self.recipe.scaler.update()
         self._has_stepped = self._has_scaled_step = False
+
+
+def _described(loss: Any) -> str:
+    """What `backward` was given instead of a loss."""
+    if not isinstance(loss, Tensor):
+        return f"{loss!r}, a {type(loss).__name__}"
+    return f"a tensor of shape {tuple(loss.shape)}" if loss.numel() != 1 else "a loss without a gradient"

@@ -26,35 +26,45 @@ def parameters_of(module: nn.Module, patterns: Iterable[str], argument: str) -> 
         ValueError: a pattern that means none.
     """
     found: dict[str, nn.Parameter] = {}
-    known = dict(module.named_parameters())
+    # A parameter that several modules share is that of each of them, but is found once.
+    known = dict(module.named_parameters(remove_duplicate=False))
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"{argument}={pattern!r} is a {type(pattern).__name__}, expected a name or pattern.")
         meant = {name: parameter for name, parameter in known.items() if matches(name, pattern)}
         if not meant:
-            modules = [name for name, _ in module.named_modules() if name]
-            close = difflib.get_close_matches(pattern, [*modules, *known], n=1, cutoff=0.5)
-            hint = f"Did you mean {close[0]!r}?" if close else f"Submodules are {', '.join(modules[:8]) or 'none'}."
-            raise ValueError(f"{argument}={pattern!r} is the name or pattern of no parameter. {hint}")
-        found |= meant
+            raise ValueError(f"{argument}={pattern!r} is the name or pattern of no parameter. {_hint(module, pattern)}")
+        there = set(map(id, found.values()))
+        for name, parameter in meant.items():
+            if id(parameter) not in there:
+                there.add(id(parameter))
+                found[name] = parameter
     return found
 
 
+def _hint(module: nn.Module, pattern: str) -> str:
+    modules = [name for name, _ in module.named_modules() if name]
+    if any(matches(name, pattern) for name in modules):
+        return "What it fits has none; name the module around it."
+    close = difflib.get_close_matches(pattern, [*modules, *dict(module.named_parameters())], n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Submodules are {', '.join(modules[:8]) or 'none'}."
+
+
 def norms_inside(module: nn.Module, parameters: Iterable[nn.Parameter], patterns: Iterable[str]) -> list[nn.Module]:
-    """Layers with running statistics whose own parameters are all among `parameters`, or which a pattern names.
+    """Layers with running statistics that a pattern means, if their own parameters are all among `parameters`.
 
     Args:
         module: Whose submodules are looked through.
-        parameters: The frozen ones.
-        patterns: The patterns they were frozen by: a norm without parameters is told by its name alone.
+        parameters: The frozen ones, by these patterns or others.
+        patterns: Names or globs of the layers, or of parameters of theirs: one without parameters is told by its name.
     """
     frozen = {id(parameter) for parameter in parameters}
     found = []
     for name, part in module.named_modules():
         if getattr(part, "running_mean", None) is None:
             continue
-        own = [id(parameter) for parameter in part.parameters(recurse=False)]
-        is_named = any(matches(name, pattern) for pattern in patterns)
-        if frozen.issuperset(own) and (own or is_named):
+        own = dict(part.named_parameters(prefix=name, recurse=False))
+        is_meant = any(matches(one, pattern) for one in (name, *own) for pattern in patterns)
+        if is_meant and frozen.issuperset(map(id, own.values())):
             found.append(part)
     return found

@@ -114,7 +114,8 @@ def in_precision(function: Callable, precision: Precision, device: torch.device)
     """
     if precision.autocast is None and precision.weights not in LOW:
         return function
-    return lambda *inputs, **named: as_float32(in_autocast(function, precision, device)(*inputs, **named))
+    run = in_autocast(function, precision, device)
+    return lambda *inputs, **named: as_float32(run(*inputs, **named))
 
 
 def in_autocast(function: Callable, precision: Precision, device: torch.device) -> Callable:

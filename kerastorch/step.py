@@ -108,7 +108,7 @@ def forward_backward(recipe: Recipe, batch: Batch) -> bool:
     samples = len(x) if isinstance(x, Tensor) else samples_in(x)
     output, loss = recipe.compute(x, target, weight)
     # Before the update: a metric that does not fit the data fails while nothing has changed.
-    recipe.tracker.add(loss, output, target, samples)
+    recipe.tracker.add(loss, output, target, samples, weight)
     for hook in hooks.on_before_backward:
         hook(loss)
     if window is None:
@@ -182,7 +182,7 @@ def closure_step(recipe: Recipe, batch: Batch) -> bool:
             parameter.grad = None
         output, loss = recipe.compute(x, target, weight)
         if is_first:
-            recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x))
+            recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x), weight)
             is_first = False
         for hook in hooks.on_before_backward:
             hook(loss)
@@ -212,7 +212,7 @@ def evaluation_step(recipe: Recipe, batch: Batch) -> None:
     """Loss and metrics of one batch; called without grad and in eval mode."""
     x, target, weight = batch
     output, loss = recipe.compute(x, target, weight)
-    recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x))
+    recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x), weight)
 
 
 def forward(module: nn.Module, x: Any) -> Any:

@@ -13,10 +13,33 @@ from torch import Tensor
 MIN_SAMPLES_TO_JUDGE = 8
 
 
-def align_classes(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+class Layout:
+    """Where the classes of an output are: dim 1, as torch has them, or last; learnt from batches that leave no doubt.
+
+    A batch of as many tokens as there are classes fits both. It is read as the others were, and the first as torch
+    reads it.
+
+    Attributes:
+        is_last: How a batch that fits both is read.
+    """
+
+    def __init__(self) -> None:
+        self.is_last = False
+
+    def has_classes_last(self, output: Tensor, target: Tensor) -> bool:
+        """Whether `output` is (N, ..., C) for indices (N, ...)."""
+        is_last = output.shape[1:-1] == target.shape[1:]
+        if is_last and output.shape[2:] == target.shape[1:]:
+            return self.is_last
+        if is_last != self.is_last:
+            self.is_last = is_last
+        return is_last
+
+
+def align_classes(output: Tensor, target: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Moves classes to dim 1, where torch has them, and makes whole floats class indices."""
     if target.ndim == output.ndim - 1 or output.ndim == target.ndim == 1:
-        if output.ndim > 2 and has_classes_last(output, target):
+        if output.ndim > 2 and layout.has_classes_last(output, target):
             output = output.movedim(-1, 1)
         if target.dtype != torch.int64:
             target = target.long()
@@ -25,16 +48,12 @@ def align_classes(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return output, target
 
 
-def has_classes_last(output: Tensor, target: Tensor) -> bool:
-    """Whether `output` is (N, ..., C) for indices (N, ...); torch's layout, (N, C, ...), wins where both could be."""
-    return output.shape[2:] != target.shape[1:] and output.shape[1:-1] == target.shape[1:]
-
-
 def check_classes(
     output: Tensor,
     target: Tensor,
     known: tuple[Tensor, ...],
     name: str,
+    layout: Layout,
     ignore_index: int | None = None,
     takes_probabilities: bool = False,
 ) -> None:
@@ -45,6 +64,7 @@ def check_classes(
         target: The targets of that batch.
         known: The targets to look into: of the whole run where they are in memory, else `target`.
         name: How messages call the loss.
+        layout: Where the classes of the output are.
         ignore_index: A class index that is no class.
         takes_probabilities: Whether targets of the output's shape are probabilities.
     Raises:
@@ -60,7 +80,7 @@ def check_classes(
                 )
         return
     is_index = target.ndim == output.ndim - 1 and (
-        target.shape[1:] == output.shape[2:] or has_classes_last(output, target)
+        target.shape[1:] == output.shape[2:] or layout.has_classes_last(output, target)
     )
     if not is_index or target.shape[:1] != output.shape[:1]:
         expected = tuple(output.shape[:1] + output.shape[2:])
@@ -71,7 +91,7 @@ def check_classes(
             f"output has shape {tuple(output.shape)} but target has shape {tuple(target.shape)}. {name!r} takes "
             f"class indices of shape {expected}: {hint}, or another loss, e.g. 'mse'."
         )
-    classes = output.shape[-1 if output.ndim > 2 and has_classes_last(output, target) else 1]
+    classes = output.shape[-1 if output.ndim > 2 and layout.has_classes_last(output, target) else 1]
     for all_targets in known:
         _check_indices(all_targets.detach(), classes, name, ignore_index)
 

@@ -37,7 +37,7 @@ class TruncatedStep:
             output, loss, state = self.compute(x, target, weight, state)
             state = map_structure(_detached, state)
             # A short last piece counts as long as it is.
-            recipe.tracker.add(loss, output, target, samples * _length((x, target)))
+            recipe.tracker.add(loss, output, target, samples * _length((x, target)), weight)
             for hook in recipe.hooks.on_before_backward:
                 hook(loss)
             recipe.backward(loss)

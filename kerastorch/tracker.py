@@ -40,7 +40,8 @@ class Tracker:
         self.stateful = [(key, metric) for key, metric in metrics if isinstance(metric, Stateful)]
         self.names = [metric.name for _, metric in metrics]
         self._has_parts, self._has_latest = isinstance(loss, SumOfLosses), isinstance(loss, (SumOfLosses, OwnLoss))
-        self.joins = all(metric.joins for _, metric in metrics) and not self._has_parts
+        self._has_weighted = any(metric.is_weighted for _, metric in self.means)
+        self.joins = all(metric.joins for _, metric in metrics) and not self._has_parts and not self._has_weighted
         # Sums in float64: in float32 a count stops growing at 2**24 samples. MPS has no float64.
         self.dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         for _, metric in self.stateful:
@@ -73,7 +74,7 @@ class Tracker:
         for _, metric in self.stateful:
             metric.reset()
 
-    def add(self, loss: Tensor | tuple, output: Any, target: Any, samples: int) -> None:
+    def add(self, loss: Tensor | tuple, output: Any, target: Any, samples: int, weight: Any = None) -> None:
         """Takes in one batch.
 
         Args:
@@ -81,6 +82,7 @@ class Tracker:
             output: What the module returned.
             target: Its targets.
             samples: How many samples it has.
+            weight: Their weights.
         """
         # Without its graph, so that keeping the output keeps no activations.
         output = output.detach() if type(output) is Tensor else map_structure(_detached, output)
@@ -94,7 +96,7 @@ class Tracker:
             loss, terms = loss if isinstance(loss, tuple) else self.values_of(loss)
             for name, term in terms.items():
                 self.log(name, term, samples)
-        self._pending.append((loss.detach(), output, target))
+        self._pending.append((loss.detach(), output, target, weight if self._has_weighted else None))
         if len(self._pending) >= self._capacity or self._is_unproven:
             self._flush()
             self._is_unproven = False
@@ -139,26 +141,29 @@ class Tracker:
         if self._pending:
             pending, self._pending = self._pending, []
             self._sums = _add(self._sums, self._measure(pending, self._batch_samples))
-            for _, output, target in _joined(pending):
+            for _, output, target, _ in _joined(pending):
                 for key, metric in self.stateful:
                     metric.update(_at(output, key), _at(target, key))
 
     def _measure(self, pending: list[tuple], samples: int) -> tuple[Sums, ...]:
         """Sums and counts of batches of one shape: the losses' first, then each `Mean`'s."""
         sums = self._loss_sums(pending, samples)
-        for _, output, target in _joined(pending):
-            sums += [metric.function(_at(output, key), _at(target, key)) for key, metric in self.means]
+        for _, output, target, weight in _joined(pending):
+            sums += [
+                metric.function(_at(output, key), _at(target, key), _weight_at(weight, key, metric))
+                for key, metric in self.means
+            ]
         return tuple((total.to(self.dtype), number) for total, number in sums)
 
     def _loss_sums(self, pending: list[tuple], samples: int) -> list[Sums]:
         if self._has_parts:  # one at a time
-            (losses, output, target), keys = pending[0], self.loss.keys
+            (losses, output, target, _), keys = pending[0], self.loss.keys
             return [
                 _loss_sum(loss, value[None].to(self.dtype), output[keys[name]], [target[keys[name]]], samples)
                 for value, (name, loss) in zip(losses, self.loss.parts.items(), strict=True)
             ]
-        losses = torch.stack([loss for loss, _, _ in pending]).to(self.dtype)
-        return [_loss_sum(self.loss, losses, pending[0][1], [target for _, _, target in pending], samples)]
+        losses = torch.stack([loss for loss, *_ in pending]).to(self.dtype)
+        return [_loss_sum(self.loss, losses, pending[0][1], [target for _, _, target, _ in pending], samples)]
 
     def _read(self, sums: tuple[Sums, ...] | None, logged: dict[str, Sums]) -> dict[str, Any]:
         own = {name: float(total) / count for name, (total, count) in logged.items()}
@@ -202,12 +207,18 @@ def _add(sums: tuple[Sums, ...] | None, more: tuple[Sums, ...]) -> tuple[Sums, .
 def _joined(pending: list[tuple]) -> list[tuple]:
     if len(pending) == 1:
         return pending
-    _, outputs, targets = zip(*pending, strict=True)
-    return [(None, torch.cat(outputs), None if targets[0] is None else torch.cat(targets))]
+    _, outputs, targets, _ = zip(*pending, strict=True)
+    return [(None, torch.cat(outputs), None if targets[0] is None else torch.cat(targets), None)]
 
 
 def _at(tree: Any, key: Any) -> Any:
     return tree if key is None else tree[key]
+
+
+def _weight_at(weight: Any, key: Any, metric: Mean) -> Any:
+    if not metric.is_weighted:
+        return None
+    return weight if isinstance(weight, Tensor) else None if weight is None else _at(weight, key)
 
 
 def copies(metrics: list[tuple[Any, Mean | Stateful]]) -> list[tuple[Any, Mean | Stateful]]:

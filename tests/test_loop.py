@@ -288,3 +288,17 @@ def test_the_module_trains_in_train_mode_validates_in_eval_mode_and_comes_back_a
     for use in (model.evaluate, model.predict, model.train_on_batch, model.test_on_batch):
         use(*[torch.rand(4, 3), torch.rand(4, 1)][: 1 if use == model.predict else 2])
         assert [part.training for part in net.modules()] == [False, False, True, False]
+
+
+def test_a_loss_that_is_lost_is_said_once_and_training_goes_on(classifier, digits) -> None:
+    model = kt.Model(classifier, backend="cpu").compile("sgd", "cross_entropy", lr=1e20)
+    with pytest.warns(UserWarning, match=r"the loss of epoch \d is (nan|inf). Try a lower lr or clip=1.0") as caught:
+        history = model.fit(*digits, epochs=4, verbose=0)
+    assert len(history.epoch) == 4
+    assert len([one for one in caught if "the loss of epoch" in str(one.message)]) == 1
+
+
+def test_a_loss_without_a_gradient_says_what_cuts_it(classifier, digits) -> None:
+    model = kt.Model(classifier, backend="cpu").compile("sgd", lambda output, y: output.detach().sum(1))
+    with pytest.raises(ValueError, match="the loss has no gradient.*detach, no_grad"):
+        model.fit(*digits, verbose=0)

@@ -656,3 +656,13 @@ def test_a_module_that_sums_goes_on_summing_with_weights() -> None:
     model = kt.Model(nn.Identity(), backend="cpu").compile("sgd", nn.MSELoss(reduction="sum"))
     expected = ((output - target).square() * weight[:, None]).sum().item()
     assert model.evaluate(output, target, sample_weight=weight, batch_size=6, verbose=0) == pytest.approx(expected)
+
+
+def test_a_batch_of_as_many_tokens_as_classes_is_read_as_the_others_were() -> None:
+    """(N, 5, 5) for targets (N, 5) fits torch's layout and that of classes last."""
+    last = nn.Linear(3, 5)
+    batches = [(torch.randn(4, steps, 3), torch.randint(0, 5, (4, steps))) for steps in (7, 5, 9)]
+    expected = sum(F.cross_entropy(last(x).movedim(-1, 1), y, reduction="sum") for x, y in batches) / (4 * 21)
+    right = sum((last(x).argmax(-1) == y).sum() for x, y in batches) / (4 * 21)
+    model = kt.Model(last, backend="cpu").compile("sgd", "cross_entropy", metrics=["accuracy", "cross_entropy"])
+    assert model.evaluate(batches, verbose=0)[:2] == [close(expected), close(right)]

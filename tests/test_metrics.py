@@ -448,3 +448,66 @@ def test_scores_of_margins_take_targets_of_both_signs() -> None:
     output, target = torch.tensor([[0.2], [0.3], [-0.1], [0.4]]), torch.tensor([[1.0], [1.0], [-1.0], [-1.0]])
     model = kt.Model(nn.Identity(), backend="cpu").compile("sgd", "hinge", metrics=["precision", "recall"])
     assert model.evaluate(output, target, verbose=0)[1:] == pytest.approx([2 / 3, 1.0])
+
+
+# Weighted.
+
+
+def test_weighted_metrics_are_means_weighted_by_the_samples() -> None:
+    x, weight = torch.randn(20, 4), torch.rand(20)
+    y, values = torch.arange(20) % 3, torch.randn(20, 2)
+    right = (x[:, :3].argmax(1) == y).float()
+    model = kt.Model(nn.Identity(), backend="cpu").compile(
+        "sgd", "cross_entropy", metrics=["accuracy"], weighted_metrics=["accuracy", "nll", agreement]
+    )
+    found = model.evaluate(x[:, :3], y, sample_weight=weight, batch_size=6, return_dict=True, verbose=0)
+    assert found["accuracy"] == pytest.approx(right.mean().item())
+    for name in ("weighted_accuracy", "agreement"):
+        assert found[name] == pytest.approx(((right * weight).sum() / weight.sum()).item(), abs=1e-6)
+    per_sample = -x[torch.arange(20), y]
+    assert found["nll"] == pytest.approx(((per_sample * weight).sum() / weight.sum()).item(), abs=1e-5)
+    squared = (x[:, :2] - values).square().mean(1)
+    model.compile("sgd", "mse", weighted_metrics=["mse", "rmse"])
+    found = model.evaluate(x[:, :2], values, sample_weight=weight, batch_size=6, return_dict=True, verbose=0)
+    expected = ((squared * weight).sum() / weight.sum()).item()
+    assert [found["mse"], found["rmse"]] == pytest.approx([expected, expected**0.5], abs=1e-6)
+    unweighted = model.evaluate(x[:, :2], values, return_dict=True, verbose=0)
+    assert unweighted["mse"] == pytest.approx(squared.mean().item(), abs=1e-6)
+
+
+def agreement(output, target):
+    return (output.argmax(1) == target).float()
+
+
+def test_weighted_accuracy_leaves_masked_targets_out() -> None:
+    x, y, weight = torch.randn(8, 3), torch.arange(8) % 3, torch.rand(8)
+    y[[1, 4]] = -100
+    right, there = (x.argmax(1) == y).float(), (y >= 0).float()
+    model = kt.Model(nn.Identity(), backend="cpu").compile("sgd", "cross_entropy", weighted_metrics=["accuracy"])
+    expected = ((right * weight).sum() / (there * weight).sum()).item()
+    assert model.evaluate(x, y, sample_weight=weight, verbose=0)[1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_weighted_metrics_of_several_outputs_take_the_weights_of_each() -> None:
+    class Heads(nn.Module):
+        def forward(self, x):
+            return {"a": x[:, :1], "b": x[:, 1:]}
+
+    x, y = torch.randn(10, 2), torch.zeros(10, 1)
+    model = kt.Model(Heads(), backend="cpu").compile(
+        "sgd", {"a": "mse", "b": "mse"}, metrics={"a": ["mae"]}, weighted_metrics={"a": ["mae"], "b": ["mae"]}
+    )
+    weights = {"a": torch.rand(10), "b": torch.rand(10)}
+    found = model.evaluate(x, {"a": y, "b": y}, sample_weight=weights, return_dict=True, verbose=0)
+    for name, column, key in (("a_weighted_mae", 0, "a"), ("b_mae", 1, "b")):
+        expected = (x[:, column].abs() * weights[key]).sum() / weights[key].sum()
+        assert found[name] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_what_cannot_be_weighted_is_refused() -> None:
+    model = kt.Model(nn.Identity(), backend="cpu")
+    with pytest.raises(ValueError, match="weighted_metrics has 'f1', which has a state of its own"):
+        model.compile("sgd", "cross_entropy", weighted_metrics=["f1"])
+    model.compile("sgd", "mse", weighted_metrics=[lambda output, target: (output - target).mean()])
+    with pytest.raises(ValueError, match=r"returned one number for a batch. Return a value for each sample"):
+        model.evaluate(torch.rand(4, 1), torch.rand(4, 1), sample_weight=torch.rand(4), verbose=0)

@@ -53,7 +53,7 @@ class Twins:
     def __init__(self, keras_model, module):
         self.keras, self.torch = keras_model, kt.Model(module, backend="cpu")
 
-    def compile(self, loss, *, optimizer="sgd", lr=0.05, metrics=(), keras_metrics=None, loss_weights=None):
+    def compile(self, loss, *, optimizer="sgd", lr=0.05, metrics=(), keras_metrics=None, loss_weights=None, weighted=()):
         """`keras_metrics`: where the same metric has another name or threshold in Keras."""
         theirs, ours = OPTIMIZERS[optimizer]
         self.keras.compile(
@@ -61,8 +61,9 @@ class Twins:
             keras.tree.map_structure(_on_logits, loss),
             metrics=metrics if keras_metrics is None else keras_metrics,
             loss_weights=loss_weights,
+            weighted_metrics=weighted or None,
         )
-        self.torch.compile(ours, _weighted(loss, loss_weights), metrics=metrics, lr=lr)
+        self.torch.compile(ours, _weighted(loss, loss_weights), metrics=metrics, weighted_metrics=weighted, lr=lr)
         return self
 
     def fit(self, *data, **options):

@@ -388,3 +388,19 @@ def test_validation_batch_size_changes_no_value(size):
 @pytest.mark.parametrize("split", [0.1, 0.15, 0.33, 0.5, 0.8])
 def test_the_rounding_of_validation_split_is_that_of_keras(samples, split):
     mlp().compile("mse").assert_same_fit(*regression(samples=samples), validation_split=split)
+
+
+# Weighted metrics.
+
+
+@pytest.mark.parametrize("metrics", [[], ["mae"]], ids=["alone", "beside the same unweighted"])
+def test_weighted_metrics_have_keras_values_and_names(metrics):
+    x, y = regression()
+    pair = mlp().compile("mse", metrics=metrics, weighted=["mae", "mse"])
+    history = pair.assert_same_fit(x, y, sample_weight=weights(), epochs=2, validation_data=(x, y, weights()))
+    assert ("weighted_mae" in history.history) == bool(metrics)
+
+
+def test_weighted_accuracy_counts_by_class_weight_as_keras_does():
+    pair = mlp(3).compile("sparse_categorical_crossentropy", weighted=["accuracy"])
+    pair.assert_same_fit(*classes(), class_weight={0: 1.0, 1: 5.0, 2: 0.5}, epochs=2)
