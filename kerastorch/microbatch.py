@@ -36,18 +36,21 @@ class PiecewiseStep:
         while True:
             size = min(self.size or samples, samples)
             if not self.may_halve:
-                self._add(recipe, recipe.window, batch, size)
+                for computed in self._computed(recipe, recipe.window, batch, size):
+                    recipe.tracker.add(*computed)
                 break
             before = _State(recipe)
             try:
                 tried = recipe.window.beside()
-                self._add(recipe, tried, batch, size)
+                pieces_computed = [*self._computed(recipe, tried, batch, size)]
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
                 reason = str(error).partition("\n")[0]
             else:
                 before.add_gradients(recipe.window, tried)
+                for computed in pieces_computed:  # only now, so that none is tracked twice
+                    recipe.tracker.add(*computed)
                 break
             # Outside of the `except`: the traceback of the error keeps what the failed try held.
             del tried
@@ -57,9 +60,9 @@ class PiecewiseStep:
             self._say(size, reason)
         return recipe.window.count_batch()
 
-    def _add(self, recipe: Recipe, window: Window, batch: Batch, size: int) -> None:
-        """Forward and backward of each piece; what they computed is tracked once all of them have fitted."""
-        samples, computed = samples_in(batch[0]), []
+    def _computed(self, recipe: Recipe, window: Window, batch: Batch, size: int) -> Iterator[tuple]:
+        """Forward and backward of each piece; yields what the tracker takes of it."""
+        samples = samples_in(batch[0])
         for piece in pieces(batch, size):
             x, target, weight = piece
             piece_samples = samples_in(x)
@@ -70,9 +73,9 @@ class PiecewiseStep:
             window.backward(shares, piece_samples / samples, recipe.backward)
             for hook in recipe.hooks.on_after_backward:
                 hook()
-            computed.append((recipe.tracker.values_of(loss), output, target, piece_samples, weight))
-        for piece_values in computed:
-            recipe.tracker.add(*piece_values)
+            # Without the graph, whose nodes may hold more than torch frees after a backward pass.
+            values, output = recipe.tracker.values_of(loss.detach()), map_structure(_detached, output)
+            yield values, output, target, piece_samples, weight
 
     def _say(self, size: int, reason: str) -> None:
         if not self._has_said:
@@ -130,6 +133,10 @@ def pieces(batch: Batch, size: int) -> Iterator[Batch]:
             return leaf[start : start + size] if is_of_samples else leaf
 
         yield tuple(map_structure(cut, part) for part in batch)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -627,8 +627,8 @@ class Model:
             isinstance(part, nn.modules.batchnorm._NormBase) and part.running_mean is None
             for part in self.module.modules()
         )
-        if normalizes_batches or self._evaluation_tracker is None:
-            return not normalizes_batches
+        if normalizes_batches or self._compiled is None or self._overrides("compute_loss"):
+            return not normalizes_batches and self._compiled is None
         return self._evaluation_tracker.joins and getattr(self._compiled.loss, "targets", None) is not None
 
     def _with_optimizer(self, opened: Data) -> Data:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -32,7 +32,7 @@ def summarize(
     *,
     depth: int | str = 3,
     batch_size: int | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None = None,
 ) -> Summary:
     """Table of a module's layers, with output shapes, FLOPs and the memory of one training step.
 
@@ -47,7 +47,7 @@ def summarize(
             Default: None, for a table without shapes, FLOPs and memory.
         depth: Levels of layers below the module to show: an int from 1 up, "top" (1) or "full" (all). Default: 3.
         batch_size: Samples in the training step whose memory is estimated. Default: None, the input's batch.
-        optimizer: Whose state counts in that memory: as it is if it has stepped, else by its kind.
+        optimizer: Whose state, or those whose states, count in that memory: as it is after a step, else by its kind.
             Default: None, for Adam.
     Returns:
         A `Summary`: `print` it, or read its numbers.
@@ -250,7 +250,7 @@ def _totals(
     trace: Trace | None,
     training: Trace | None,
     batch_size: int | None,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None,
     note: str,
 ) -> Summary:
     """The rows and the sums over the whole module, whatever the depth of the table."""
@@ -266,12 +266,12 @@ def _totals(
         flops=trace.flops if trace else None,
         step_parts=_step_parts(training, optimizer) if training else None,
         batch_size=batch_size,
-        optimizer=type(optimizer).__name__ if optimizer else "Adam",
+        optimizer=_name_of(optimizer),
         note=note,
     )
 
 
-def _step_parts(training: Trace, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
+def _step_parts(training: Trace, optimizer: Any) -> dict[str, int]:
     """Bytes by cause at the peak of a training step, which is in backward (or after it, if the batch is small)."""
     gradient_bytes = _bytes(parameter for parameter in training.module.parameters() if parameter.requires_grad)
     return {
@@ -292,15 +292,27 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not is_lazy(tensor))
 
 
-def _optimizer_bytes(optimizer: torch.optim.Optimizer | None, gradient_bytes: int) -> int:
+def _optimizer_bytes(optimizer: Any, gradient_bytes: int) -> int:
     """Bytes of the optimizer's state: counted if there is one, else as its kind will make it."""
     if optimizer is None:
         return 2 * gradient_bytes
+    if isinstance(optimizer, Mapping):
+        return sum(_optimizer_bytes(one, _bytes(_trained_by(one))) for one in optimizer.values())
     if optimizer.state:
         return _bytes(leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
     options = ("momentum", "amsgrad", "centered")
     extra = sum(bool(optimizer.defaults.get(option)) for option in options)
     return (STATE_TENSORS.get(type(optimizer).__name__, 2) + extra) * gradient_bytes
+
+
+def _trained_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
+
+
+def _name_of(optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None) -> str:
+    if isinstance(optimizer, Mapping):
+        return " and ".join(dict.fromkeys(map(_name_of, optimizer.values())))
+    return type(optimizer).__name__ if optimizer else "Adam"
 
 
 # Table: from numbers to text.

@@ -451,3 +451,23 @@ def test_a_pipe_that_cannot_show_the_branches_gets_the_numbers_all_the_same() ->
     summarize(nn.Sequential(nn.Linear(2, 3)), (4, 2)).print(pipe)
     pipe.flush()
     assert b"parameters: 9" in pipe.buffer.getvalue()
+
+
+def test_states_of_several_optimizers_are_added_up() -> None:
+    module = nn.ModuleDict({"g": nn.Linear(4, 3), "d": nn.Linear(4, 2)})
+    pair = {
+        "g": torch.optim.Adam(module["g"].parameters()),
+        "d": torch.optim.SGD(module["d"].parameters(), momentum=0.9),
+    }
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = module
+
+        def forward(self, x):
+            return self.parts["g"](x).sum() + self.parts["d"](x).sum()
+
+    found = summarize(Both(), (2, 4), optimizer=pair)
+    assert found.step_parts["optimizer"] == 4 * (2 * 15 + 10)
+    assert found.optimizer == "Adam and SGD"
