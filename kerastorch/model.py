@@ -30,7 +30,7 @@ from .microbatch import PiecewiseStep
 from .overrides import OwnStep
 from .patterns import norms_inside, parameters_of
 from .precision import scaled_backward
-from .step import Recipe, closure_step, forward, forward_backward, optimizer_step, samples_in
+from .step import Recipe, closure_step, forward, forward_backward, open_windows, optimizer_step, samples_in
 from .structures import join, leaves, map_structure
 from .summary import Summary, summarize
 from .tbptt import TruncatedStep
@@ -272,7 +272,7 @@ class Model:
         step = self._step(training, microbatch)
         self._expect(training_data, validation)
         self._begin_schedules(self._pieces_in(training_data, batches), accumulate, epochs, initial_epoch)
-        with self._run(training, training_data):
+        with self._run(training, step, training_data):
             self.history, self.stop_training = History(params), False
             self.epochs_trained = max(self.epochs_trained, initial_epoch)
             history = loop.fit(
@@ -323,8 +323,9 @@ class Model:
         for update in self._compiled.updates.values():
             if update.schedule is not None and not update.schedule.has_begun:
                 update.schedule.begin(None)
-        with self._run(training, batch):
+        with self._run(training, step, batch):
             loop.set_modes(training)
+            open_windows(training, 0)
             if step(training, next(self._batches(batch.batches(0)))):
                 optimizer_step(training, training.updates[""])
         return _returned(self._evaluation_tracker.result(), return_dict)
@@ -677,8 +678,7 @@ class Model:
     def _step(self, training: Recipe, microbatch: int | str | None = None) -> Callable:
         compiled = self._compiled
         if self._overrides("train_step"):
-            self._own_step = OwnStep(self.train_step, training, compiled.precision)
-            return self._own_step
+            return OwnStep(self.train_step, training, compiled.precision)
         if compiled.tbptt_steps is not None:
             return TruncatedStep(compiled.with_state, compiled.tbptt_steps)
         if optimizers.needs_closure(self.optimizer):
@@ -765,11 +765,11 @@ class Model:
             )
 
     @contextmanager
-    def _run(self, training: Recipe, data: Data) -> Iterator[None]:
+    def _run(self, training: Recipe, step: Callable, data: Data) -> Iterator[None]:
         """Everything that holds while the module is trained."""
         before = [(update, update.schedule) for update in training.updates.values()]
         with self._computing(), self._as_before_unless_trained(training), self._shown(training):
-            self._training_data = data
+            self._training_data, self._own_step = data, step if isinstance(step, OwnStep) else None
             try:
                 yield
             finally:
@@ -777,7 +777,7 @@ class Model:
                 for update, schedule in before:
                     if update.scaled_step is not None:
                         update.scaled_step.settle()
-                    update.schedule = schedule
+                    update.schedule, update.parked = schedule, None
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

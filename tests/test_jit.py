@@ -89,7 +89,7 @@ def test_several_outputs_are_compiled_too(digits) -> None:
     histories = []
     for jit in (True, False):
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.filterwarnings("error", message="jit")
             model = kt.Model(copy.deepcopy(net), backend="cpu").compile("sgd", losses, lr=1e-3, jit=jit)
             histories.append(model.fit(x, targets, batch_size=32, verbose=0, accumulate=2).history)
     assert histories[0] == {name: pytest.approx(values, abs=1e-5) for name, values in histories[1].items()}
