@@ -51,12 +51,14 @@ class Window:
             part: Samples here as a part of the batch's: 1 for a whole batch.
             backward: `(loss, retain_graph=...)`: puts its gradients into the parameters.
         """
-        for share in shares:
-            weighted = self._weighted(share, part)
-            if len(shares) == 1:
-                backward(weighted)
+        losses = {share.name: self._weighted(share, part) for share in shares}
+        # One without a gradient, of frozen layers say, adds none; where there is no other, torch will say so.
+        trained = [name for name, loss in losses.items() if loss.requires_grad] or [*losses]
+        for name in trained:
+            if len(losses) == 1:
+                backward(losses[name])
             else:
-                self._add_apart(share.name, weighted, backward, is_last=share is shares[-1])
+                self._add_apart(name, losses[name], backward, is_last=name == trained[-1])
 
     def close(self) -> None:
         """Leaves the gradient of the mean over the whole window in the parameters."""
@@ -69,7 +71,7 @@ class Window:
         self._forget()
 
     def join(self, other: Window) -> None:
-        """Adds what `other` has gathered; its gradients are in the parameters, those of this window in `gradients`."""
+        """Takes over what `other` has counted and kept apart; what both left in the parameters, the caller adds up."""
         for name, total in other._totals.items():
             self._totals[name] = total if total is None else self._totals.get(name, 0) + total
             self._expected.setdefault(name, other._expected[name])
@@ -91,8 +93,8 @@ class Window:
             self._totals[name] = None
             return loss
         self._totals[name] = self._totals.get(name, 0) + count
-        if isinstance(count, Tensor):  # the mean over nothing is NaN, and counts for nothing
-            return torch.where(count > 0, loss * count, 0.0) / expected
+        if isinstance(count, Tensor):  # not its quotient, a float32. Of nothing the mean is NaN, but its gradient is 0.
+            return loss * count / expected
         return loss * (count / expected)
 
     def _divide(self, name: str, gradients: Iterable[Tensor | None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -107,9 +107,10 @@ def _refuse_pieces(tbptt_steps: int | None, has_own_step: bool, accumulate: Any,
         )
 
 
-def refuse_gathering(optimizer: str, size_of: Callable[[int], int], microbatch: Any) -> None:
+def refuse_gathering(optimizer: str, accumulate: int | Mapping[int, int], microbatch: Any) -> None:
     """An optimizer that evaluates the loss again needs the batch whole, and at once."""
-    if size_of(0) != 1 or microbatch is not None:
+    sizes = accumulate.values() if isinstance(accumulate, Mapping) else (accumulate,)
+    if max(sizes) > 1 or microbatch is not None:
         raise ValueError(
             f"{optimizer} evaluates the loss several times a step, which does not go with accumulate or microbatch. "
             f"Give a larger batch_size, or another optimizer."
@@ -134,6 +135,14 @@ def refuse_combinations(compiled: Any, jit: Any, has_own_step: bool, has_own_los
             f"tbptt_steps={compiled.tbptt_steps} cuts sequences for the loss of compile, but {overridden} is "
             f"overridden. Cut them there, or give compile a loss."
         )
+
+
+def refuse_no_number(name: str, value: Any) -> None:
+    """What is logged must be a number or a tensor of one."""
+    is_number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
+    if not is_number:
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"log was given {what} as {name!r}, expected a number or a scalar tensor. Log its mean.")
 
 
 def refuse_unlike(targets: Any, validation_targets: Any) -> None:

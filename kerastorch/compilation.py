@@ -22,6 +22,7 @@ from .computation import (
 )
 from .jit import Jitted, refuse_unknown_mode
 from .losses import Loss, OwnLoss, SumOfLosses
+from .patterns import matches, parameters_of
 from .step import Update
 
 
@@ -63,11 +64,14 @@ class Compiled:
         self.loss: Loss | SumOfLosses | OwnLoss = OwnLoss(module) if chosen_loss is None else chosen_loss
         losses.place(self.loss, device)
         self.is_single = not isinstance(optimizer, Mapping)
-        named = {"": optimizer} if self.is_single else dict(optimizer)
+        named = self._named = {"": optimizer} if self.is_single else dict(optimizer)
         if not named:
             raise ValueError("optimizer is an empty dict. Give an optimizer for each submodule, or one for all.")
-        rates = _for_each(named, lr, is_meant=lambda given: given and set(given) <= set(named))
-        chosen = _for_each(named, schedule, is_meant=lambda given: True)
+        if isinstance(lr, Mapping) and not self.is_single and not set(lr) <= set(named):
+            rates = {name: self._fitting(lr, name) for name in named}
+        else:
+            rates = _for_each(named, lr, "lr") if not self.is_single else {"": lr}
+        chosen = _for_each(named, schedule, "schedule") if not self.is_single else {"": schedule}
         self._given = {name for name, one in named.items() if isinstance(one, torch.optim.Optimizer)}
         self._makers = {name: optimizers.maker(one, rates[name]) for name, one in named.items()}
         self._schedules = {name: schedules.get(one) for name, one in chosen.items()}
@@ -133,6 +137,7 @@ class Compiled:
                 scaled_step=self.scaler and precision.ScaledStep(optimizer, self.scaler),
                 rate_name="lr" if self.is_single else f"{name}_lr",
             )
+            self._refuse_shared(name, updates)
             if optimizers.needs_closure(optimizer) and (self.scaler is not None or not self.is_single):
                 what = "precision='16'" if self.scaler is not None else "several optimizers"
                 raise ValueError(
@@ -140,6 +145,32 @@ class Compiled:
                     f"{what}. Give another optimizer, or precision='bf16' or '32'."
                 )
         self.updates = updates
+
+    def _fitting(self, lr: Mapping[str, float], name: str) -> dict[str, float]:
+        """Those rates by patterns, of rates for several optimizers, that are for parameters of this one."""
+        own = set(map(id, parameters_of(self.module, [name], "optimizer").values()))
+        for pattern in lr:
+            if not any(matches(known, pattern) for known, _ in self.module.named_parameters()):
+                raise ValueError(
+                    f"lr has the pattern {pattern!r}, which fits no parameter and names no optimizer; they are "
+                    f"{str([*self._named])[1:-1]}."
+                )
+        return {
+            pattern: rate
+            for pattern, rate in lr.items()
+            if not own.isdisjoint(map(id, parameters_of(self.module, [pattern], "lr").values()))
+        }
+
+    def _refuse_shared(self, name: str, updates: dict[str, Update]) -> None:
+        """Names of submodules, one inside the other, would have two optimizers step on the same parameters."""
+        own = set(map(id, updates[name].parameters))
+        for other, update in updates.items():
+            shared = len(own.intersection(map(id, update.parameters)))
+            if other != name and shared and not {name, other} & self._given:
+                raise ValueError(
+                    f"optimizers {other!r} and {name!r} share {shared} parameters, which both would step on. Name "
+                    f"submodules that are not part of one another."
+                )
 
     def _parameters_for(self, name: str) -> list[tuple[str, nn.Parameter]]:
         if self.is_single:
@@ -149,13 +180,13 @@ class Compiled:
         return optimizers.named_parameters(self.module, name)
 
 
-def _for_each(named: dict[str, Any], given: Any, is_meant: Callable[[Mapping], bool]) -> dict[str, Any]:
-    """One setting for each optimizer: `given` by their names, or the same for all."""
-    if isinstance(given, Mapping) and "" not in named and is_meant(given):
-        if unknown := sorted(set(given) - set(named)):
-            raise ValueError(f"{unknown[0]!r} names no optimizer; they are {', '.join(map(repr, named))}.")
-        return {name: given.get(name) for name in named}
-    return dict.fromkeys(named, given)
+def _for_each(named: dict[str, Any], given: Any, argument: str) -> dict[str, Any]:
+    """One setting for each of several optimizers: `given` by their names, or the same for all."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(named, given)
+    if unknown := sorted(set(given) - set(named)):
+        raise ValueError(f"{argument} has {unknown[0]!r}, which names no optimizer; they are {str([*named])[1:-1]}.")
+    return {name: given.get(name) for name in named}
 
 
 def _clipper(clip: Any) -> Callable[..., Any] | None:

@@ -197,7 +197,7 @@ def _open_arrays(x: Any, y: Any, sample_weight: Any, reading: Reading) -> Data:
         else:
             rows = (slice(start, start + batch_size) for start in range(0, samples, batch_size))
         rows_of = _select if reading.shuffle else _slice
-        take_x, take_y, take_weight = (_taker(part, rows_of, reading.dtype) for part in parts)
+        take_x, take_y, take_weight = _takers(parts, rows_of, reading.dtype)
         for chosen in rows:
             yield take_x(chosen), take_y and take_y(chosen), take_weight and take_weight(chosen)
 
@@ -224,14 +224,20 @@ def _slice(tensor: torch.Tensor) -> Callable[[slice], torch.Tensor]:
     return partial(operator.getitem, tensor)
 
 
-def _taker(tree: Any, taker_of: Callable, dtype: torch.dtype) -> Callable[[Any], Any] | None:
+def _takers(parts: Batch, taker_of: Callable, dtype: torch.dtype) -> tuple:
+    """A taker for inputs, targets and weights; of these only inputs may be in a memory map, in a dtype of its own."""
+    x, y, weight = parts
+    return _taker(x, taker_of, dtype), _taker(y, taker_of), _taker(weight, taker_of)
+
+
+def _taker(tree: Any, taker_of: Callable, dtype: torch.dtype | None = None) -> Callable[[Any], Any] | None:
     """A function from rows to those rows of every tensor of `tree`; for a single tensor one without Python frames."""
     if tree is None:
         return None
     if not isinstance(tree, torch.Tensor):
         return lambda rows: map_structure(lambda tensor: _taker(tensor, taker_of, dtype)(rows), tree)
     take = taker_of(tree)
-    if tree.is_floating_point() and tree.dtype != dtype:  # a memory map
+    if dtype is not None and tree.is_floating_point() and tree.dtype != dtype:  # a memory map
         return lambda rows: take(rows).to(dtype)
     return take
 
@@ -304,7 +310,7 @@ def _see_through(
     def batches(number: int) -> Iterator[Batch]:
         # The number that `iter(loader)` draws before its sampler draws: keeps order and model as in a loop by hand.
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-        take_x, take_y, take_weight = (_taker(part, _select, reading.dtype) for part in parts)
+        take_x, take_y, take_weight = _takers(parts, _select, reading.dtype)
         for indices in loader.batch_sampler:
             rows = torch.as_tensor(indices)
             rows = rows if subset is None else subset[rows]

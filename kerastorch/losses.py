@@ -136,13 +136,13 @@ class Share(NamedTuple):
     """A mean loss and what it is the mean over, which is how much it counts beside those of other batches.
 
     Attributes:
-        name: Shares of one name are means over the same: samples, say, or one output's unmasked targets.
+        name: Shares of one name, any hashable, are means over the same: samples, say, or one output's unmasked targets.
         loss: The mean, with a graph.
         count: How many it is the mean over: an int, or a tensor on the device; `None` = it is a sum.
         most: `count` if nothing is masked.
     """
 
-    name: str
+    name: Any
     loss: Tensor
     count: int | Tensor | None
     most: int
@@ -355,12 +355,13 @@ class SumOfLosses:
 
     def shares(self, loss: Tensor, output: Any, batch: tuple[Any, Any, Any], samples: int) -> list[Share]:
         """What `loss`, just computed, is the sum of: means over the samples in one, each other mean for itself."""
-        found: dict[str, Share] = {}
+        found: dict[tuple[str, str], Share] = {}
         for name, part in self.parts.items():
             key = self.keys[name]
             count, most = part.count(_part(output, key, "outputs"), _part(batch[1], key, "targets"), samples)
             is_of_samples = not isinstance(count, Tensor) and count == samples
-            share = "sums" if count is None else "samples" if is_of_samples else name
+            # Of one kind or of this output: an output may be called anything.
+            share = ("sums", "") if count is None else ("samples", "") if is_of_samples else ("targets of", name)
             weighted = self._terms.pop(name) * self.weights[name]
             before = found.get(share)
             found[share] = Share(share, weighted if before is None else before.loss + weighted, count, most)
@@ -412,7 +413,7 @@ class OwnLoss:
             )
         if isinstance(output, Mapping):
             self.latest = {
-                str(name): part
+                str(name): part.detach()
                 for name, part in output.items()
                 if name != "loss" and isinstance(part, Tensor) and part.ndim == 0
             }

@@ -143,9 +143,13 @@ class Model:
         chosen_metrics = named_metrics.get(metrics, None if compiled.has_own_loss else compiled.loss, weighted_metrics)
         # A lazy module has no parameters yet, and a module without any can still be evaluated.
         waits = _is_lazy(self.module) or not any(True for _ in self.module.parameters())
-        if not waits:
-            compiled.make_updates()
         self._cast(compiled.precision)
+        try:
+            if not waits:
+                compiled.make_updates()
+        except BaseException:
+            self._cast(precisions.KNOWN["32"] if self._compiled is None else self._compiled.precision)
+            raise
         own_loss = self._own_loss if self._overrides("compute_loss") else None
         compiled.settle(own_loss, self._take_output, bool(chosen_metrics))
         self._compiled, self.optimizer = compiled, compiled.optimizer
@@ -269,7 +273,7 @@ class Model:
         hooks = self._hooks(callbacks, verbose, params)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
         training = self._training_recipe(self._training_tracker, hooks, accumulate, batches, microbatch)
-        step = self._step(training, microbatch)
+        step = self._step(training, accumulate, microbatch)
         self._expect(training_data, validation)
         self._begin_schedules(self._pieces_in(training_data, batches), accumulate, epochs, initial_epoch)
         with self._run(training, step, training_data):
@@ -520,8 +524,10 @@ class Model:
             ...         self.log("penalty", penalty)
             ...         return super().compute_loss(batch) + 1e-4 * penalty
         """
-        x, y, weight = (*batch, None)[:3]
-        self._output, loss = self._compiled.plain(x, y, weight)
+        batch = (*batch, None)[:3]
+        if self._compiled.has_own_loss:
+            batch = _targets_as_inputs(batch)
+        self._output, loss = self._compiled.plain(*batch)
         return loss
 
     def train_step(self, batch: tuple) -> Mapping[str, Any] | None:
@@ -542,8 +548,10 @@ class Model:
             ...             self.log(f"{name}_loss", loss)
         """
         x, y, weight = (*batch, None)[:3]
+        if self._compiled.has_own_loss and not self._overrides("compute_loss"):
+            x, y, weight = _targets_as_inputs((x, y, weight))
         output, loss = self._compiled.compute(x, y, weight)
-        self._running.tracker.add(loss, output, y, samples_in(x), weight)
+        self._running.tracker.add(loss, output, y, self._running.samples, weight)
         self.backward(loss)
         self.optimizer_step()
 
@@ -570,6 +578,7 @@ class Model:
         """
         if self._running is None:
             raise RuntimeError(f"log({name!r}) was called outside of a step. Call it in train_step or compute_loss.")
+        checks.refuse_no_number(name, value)
         self._running.tracker.log(name, value, self._running.samples)
 
     def _stepping(self, verb: str) -> OwnStep:
@@ -675,14 +684,14 @@ class Model:
             compiled.loss.is_gathered = accumulate != 1 or pieces is not None
         return recipe
 
-    def _step(self, training: Recipe, microbatch: int | str | None = None) -> Callable:
+    def _step(self, training: Recipe, accumulate: Any = 1, microbatch: int | str | None = None) -> Callable:
         compiled = self._compiled
         if self._overrides("train_step"):
             return OwnStep(self.train_step, training, compiled.precision)
         if compiled.tbptt_steps is not None:
             return TruncatedStep(compiled.with_state, compiled.tbptt_steps)
         if optimizers.needs_closure(self.optimizer):
-            checks.refuse_gathering(type(self.optimizer).__name__, training.size_of, microbatch)
+            checks.refuse_gathering(type(self.optimizer).__name__, accumulate, microbatch)
             return closure_step
         return forward_backward if microbatch is None else PiecewiseStep(microbatch)
 
@@ -768,6 +777,7 @@ class Model:
     def _run(self, training: Recipe, step: Callable, data: Data) -> Iterator[None]:
         """Everything that holds while the module is trained."""
         before = [(update, update.schedule) for update in training.updates.values()]
+        self._drop_gradients()  # what a loop by hand before this one left there
         with self._computing(), self._as_before_unless_trained(training), self._shown(training):
             self._training_data, self._own_step = data, step if isinstance(step, OwnStep) else None
             try:
@@ -811,8 +821,11 @@ class Model:
                 self.history, self.epochs_trained = history, epochs_trained
             raise
         finally:
-            for parameter in self.module.parameters():
-                parameter.grad = None
+            self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad = None
 
 
 NO_HOOKS = hooks_of(())
@@ -895,7 +908,7 @@ def _returned(logs: dict[str, Any], return_dict: bool) -> float | list | dict[st
     """As Keras returns results: a dict, else a list, else, where there is nothing but the loss, a float."""
     if return_dict:
         return logs
-    return list(logs.values()) if len(logs) > 1 else logs["loss"]
+    return next(iter(logs.values())) if len(logs) == 1 else list(logs.values())
 
 
 def _concatenated(outputs: list[Any]) -> Any:

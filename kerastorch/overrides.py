@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .accumulation import Parked
+from .optimizers import needs_closure
 from .precision import LOW, Precision, autocast
-from .step import Batch, Recipe, Update, loss_scale, optimizer_step, samples_in
+from .step import Batch, Recipe, Update, loss_scale, optimizer_step, samples_in, update_scale
 
 
 class OwnStep:
@@ -28,6 +29,8 @@ class OwnStep:
         train_step: Called with `(x, y)`, or `(x, y, weight)` where there are weights.
         recipe: Its optimizers and hooks.
         precision: The forward passes in `train_step` compute in it.
+    Raises:
+        ValueError: an optimizer needs a closure.
     """
 
     def __init__(self, train_step: Callable[[tuple], Any], recipe: Recipe, precision: Precision) -> None:
@@ -35,8 +38,13 @@ class OwnStep:
         # All of the module's: a loss also reaches those that are in no optimizer.
         self._parameters = tuple(recipe.module.parameters())
         self._first_samples = self._batches = self._calls = 0
-        self._has_stepped = self._has_scaled_step = False
+        self._has_stepped = False
         for update in recipe.updates.values():
+            if needs_closure(update.optimizer):
+                raise ValueError(
+                    f"{type(update.optimizer).__name__} evaluates the loss several times a step, which does not go "
+                    f"with a train_step of your own. Override compute_loss instead, or give another optimizer."
+                )
             update.parked = None  # what an earlier run left open
 
     def __call__(self, recipe: Recipe, batch: Batch) -> bool:
@@ -95,7 +103,6 @@ class OwnStep:
             optimizer_step(recipe, update)
         # The autocast around `train_step` keeps casts of the weights, which are no longer those of the weights.
         torch.clear_autocast_cache()
-        self._has_scaled_step = recipe.scaler is not None and len(recipe.updates) > 1
 
     def _update(self, name: str | None) -> Update:
         updates = self.recipe.updates
@@ -130,9 +137,8 @@ class OwnStep:
     def _end_round(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
-        if self._has_scaled_step:
-            self.recipe.scaler.update()
-        self._has_stepped = self._has_scaled_step = False
+        update_scale(self.recipe)
+        self._has_stepped = False
 
 
 def _described(loss: Any) -> str:

@@ -23,8 +23,11 @@ def parameters_of(module: nn.Module, patterns: Iterable[str], argument: str) -> 
         argument: How messages call the patterns.
     Raises:
         TypeError: a pattern that is no text.
-        ValueError: a pattern that means none.
+        ValueError: no pattern, or one that means no parameter.
     """
+    patterns = list(patterns)
+    if not patterns:
+        raise ValueError(f"{argument} was given no name or pattern. Give one, or '*' for all.")
     found: dict[str, nn.Parameter] = {}
     # A parameter that several modules share is that of each of them, but is found once.
     known = dict(module.named_parameters(remove_duplicate=False))

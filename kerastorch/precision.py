@@ -173,8 +173,7 @@ class ScaledStep:
         self._last: tuple[_Flag, Any] | None = None
 
     def __call__(self, schedule: Any = None) -> None:
-        """One step; `schedule.after_step` follows it if it was taken, unless `schedule` is `None`."""
-        self.settle()
+        """One step; if it was taken, `schedule.after_step` follows with `settle`, unless `schedule` is `None`."""
         self.scaler.step(self.optimizer)
         # GradScaler keeps for itself what it found, and only until its `update`.
         found = [*self.scaler._found_inf_per_device(self.optimizer).values()]

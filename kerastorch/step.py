@@ -71,6 +71,7 @@ class Recipe:
         rates: Learning rates of the last step where something changes them, for the logs.
         steps: Optimizer steps taken so far in this run.
         samples: Samples in the running batch, for values of the user's own.
+        is_scale_due: Whether optimizers have stepped since the scale was last adapted.
     """
 
     module: nn.Module
@@ -90,6 +91,7 @@ class Recipe:
     rates: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     samples: int = 0
+    is_scale_due: bool = False
 
 
 def open_windows(recipe: Recipe, epoch: int) -> None:
@@ -123,10 +125,11 @@ def forward_backward(recipe: Recipe, batch: Batch) -> bool:
 def optimizer_step(recipe: Recipe, update: Update) -> None:
     """Turns the gradients that are there into one step of the optimizer, and drops them."""
     optimizer, hooks, schedule = update.optimizer, recipe.hooks, update.schedule
-    if recipe.scaler is not None:
-        recipe.scaler.unscale_(optimizer)
     if recipe.window is not None:
         recipe.window.close()
+    if recipe.scaler is not None:
+        update.scaled_step.settle()  # by now it is known whether the step before was taken
+        recipe.scaler.unscale_(optimizer)
     for hook in hooks.on_before_optimizer_step:
         hook(optimizer)
     if update.clip is not None:
@@ -135,6 +138,7 @@ def optimizer_step(recipe: Recipe, update: Update) -> None:
         recipe.rates = recipe.rates | {update.rate_name: optimizer.param_groups[0]["lr"]}
     if update.scaled_step is not None:
         update.scaled_step(schedule)
+        recipe.is_scale_due = True
     else:
         optimizer.step()
         if schedule is not None:
@@ -144,8 +148,15 @@ def optimizer_step(recipe: Recipe, update: Update) -> None:
         hook(optimizer)
     for parameter in update.parameters:  # what `optimizer.zero_grad()` does, for a tenth of its time
         parameter.grad = None
-    if recipe.scaler is not None and len(recipe.updates) == 1:
+    if len(recipe.updates) == 1:
+        update_scale(recipe)
+
+
+def update_scale(recipe: Recipe) -> None:
+    """Adapts the scale of fp16 losses, once all optimizers have stepped on gradients of the last scale."""
+    if recipe.is_scale_due:
         recipe.scaler.update()
+        recipe.is_scale_due = False
 
 
 def close_windows(recipe: Recipe) -> None:
@@ -156,6 +167,7 @@ def close_windows(recipe: Recipe) -> None:
         if update.parked is not None and update.parked.is_open:
             update.parked.put_back(loss_scale(recipe))
             optimizer_step(recipe, update)
+    update_scale(recipe)
 
 
 def move_schedules(recipe: Recipe, logs: Mapping[str, Any]) -> None:

@@ -48,13 +48,15 @@ def unpack(raw: Any, targets: tuple[str, ...] = ()) -> Batch:
 def to_tensors(parts: Batch, dtype: torch.dtype, keeps_maps: bool = False) -> Batch:
     """Tensors of everything in a batch: floating point values as `dtype`, integer targets as int64.
 
-    With `keeps_maps`, inputs in a memory map stay there in their own dtype: all of them may not fit into memory.
+    Targets and weights are float32 at least: losses are computed in that. With `keeps_maps`, inputs in a memory map
+    stay there in their own dtype: all of them may not fit into memory.
     """
     x, y, weight = parts
+    exact = torch.promote_types(dtype, torch.float32)
     return (
         map_structure(partial(to_tensor, dtype=dtype, keeps_maps=keeps_maps), grouped(x)),
-        map_structure(partial(_to_target, dtype=dtype), grouped(y)),
-        map_structure(partial(_to_weight, dtype=dtype), grouped(weight)),
+        map_structure(partial(_to_target, dtype=exact), grouped(y)),
+        map_structure(partial(_to_weight, dtype=exact), grouped(weight)),
     )
 
 

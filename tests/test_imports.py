@@ -31,7 +31,7 @@ BELOW = {
         "losses", "metrics", "microbatch", "optimizers", "overrides", "patterns", "precision", "step", "structures",
         "summary", "tbptt", "tensors", "tracker",
     },
-    "compilation": {"computation", "jit", "losses", "optimizers", "precision", "schedules", "step"},
+    "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
     "jit": {"computation", "losses", "structures"},
     "computation": {"losses", "precision", "step"},
     "microbatch": {"accumulation", "step", "structures"},
