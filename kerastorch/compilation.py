@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
@@ -62,7 +63,7 @@ class Compiled:
         chosen_loss = losses.get(loss)
         self.has_own_loss = chosen_loss is None
         self.loss: Loss | SumOfLosses | OwnLoss = OwnLoss(module) if chosen_loss is None else chosen_loss
-        losses.place(self.loss, device)
+        losses.place(self.loss, device, torch.float64 if self.precision.weights is torch.float64 else None)
         self.is_single = not isinstance(optimizer, Mapping)
         named = self._named = {"": optimizer} if self.is_single else dict(optimizer)
         if not named:
@@ -138,6 +139,7 @@ class Compiled:
                 rate_name="lr" if self.is_single else f"{name}_lr",
             )
             self._refuse_shared(name, updates)
+            self._warn_of_lost_eps(optimizer)
             if optimizers.needs_closure(optimizer) and (self.scaler is not None or not self.is_single):
                 what = "precision='16'" if self.scaler is not None else "several optimizers"
                 raise ValueError(
@@ -171,6 +173,16 @@ class Compiled:
                     f"optimizers {other!r} and {name!r} share {shared} parameters, which both would step on. Name "
                     f"submodules that are not part of one another."
                 )
+
+    def _warn_of_lost_eps(self, optimizer: torch.optim.Optimizer) -> None:
+        eps = optimizer.defaults.get("eps")
+        if self.precision.weights is torch.float16 and eps and float(torch.tensor(eps).half()) == 0.0:
+            warnings.warn(
+                f"{type(optimizer).__name__} divides by a number plus eps={eps:g}, which float16 rounds to 0: the "
+                f"weights may become NaN. Give functools.partial(torch.optim.{type(optimizer).__name__}, eps=1e-4), or "
+                f"precision='16' or 'bf16-true'.",
+                stacklevel=4,
+            )
 
     def _parameters_for(self, name: str) -> list[tuple[str, nn.Parameter]]:
         if self.is_single:

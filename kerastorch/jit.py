@@ -21,7 +21,7 @@ class Jitted:
     """`compute` through `torch.compile`, as long as that works.
 
     A batch with fewer samples than those before it, as the last of an epoch, runs eagerly: it comes once an epoch and
-    is not worth a compilation.
+    is not worth a compilation. Where several in a row are as short, that is the new size.
 
     Args:
         compute: `(x, target, weight) -> (output, loss)`, or with a state behind each.
@@ -33,7 +33,7 @@ class Jitted:
         self.compute, self.loss = compute, loss
         self.copies = mode in CUDA_GRAPH_MODES and torch.cuda.is_available()
         self.compiled = torch.compile(compute, fullgraph=True, mode=None if mode is True else mode)
-        self._largest: dict[tuple, int] = {}
+        self._largest: dict[tuple, tuple[int, int]] = {}  # and how many shorter ones came since, in a row
 
     def __call__(self, x: Any, *others: Any) -> tuple:
         if self.compiled is None or self.loss.is_unchecked or self._is_short(x):
@@ -52,11 +52,10 @@ class Jitted:
     def _is_short(self, x: Any) -> bool:
         shapes = [leaf.shape for leaf in leaves(x) if isinstance(leaf, Tensor)]
         kind = (torch.is_grad_enabled(), *(shape[1:] for shape in shapes))
-        samples = shapes[0][0]
-        largest = self._largest.setdefault(kind, samples)
-        if samples > largest:
-            self._largest[kind] = samples
-        return samples < largest
+        samples, (largest, in_a_row) = shapes[0][0], self._largest.get(kind, (0, 0))
+        is_short = samples < largest and in_a_row < 3
+        self._largest[kind] = (largest, in_a_row + 1) if is_short else (samples, 0)
+        return is_short
 
 
 def refuse_unknown_mode(jit: Any) -> None:

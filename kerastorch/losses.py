@@ -168,7 +168,8 @@ class Loss:
         options = function.keywords if isinstance(function, functools.partial) else getattr(function, "__dict__", {})
         has_classes = bare in (F.cross_entropy, F.nll_loss) or isinstance(bare, (nn.CrossEntropyLoss, nn.NLLLoss))
         self.ignore_index: int | None = options.get("ignore_index", -100) if has_classes else None
-        self._class_weights = options.get("weight") if has_classes and not isinstance(bare, nn.Module) else None
+        is_mean = options.get("reduction", "mean") == "mean"
+        self._class_weights = options.get("weight") if has_classes and is_mean else None
         self.is_sum = options.get("reduction") == "sum"
         self.on_logits = bare in LOGIT_FUNCTIONS or isinstance(bare, LOGIT_MODULES)
         is_known = targets is not None and not self.on_logits and bare not in MARGIN_FUNCTIONS
@@ -477,11 +478,11 @@ def parts_of(loss: Loss | SumOfLosses | OwnLoss) -> list[Loss]:
     return [loss] if isinstance(loss, Loss) else []
 
 
-def place(loss: Loss | SumOfLosses | OwnLoss, device: torch.device) -> None:
-    """Moves what losses have of tensors (`nn.CrossEntropyLoss(weight=...)`) to the device, in place."""
+def place(loss: Loss | SumOfLosses | OwnLoss, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Moves what losses have of tensors (`nn.CrossEntropyLoss(weight=...)`) to the device, in place, and to a dtype."""
     for part in parts_of(loss):
         if isinstance(part.function, nn.Module):
-            part.function.to(device)
+            part.function.to(device, dtype)
 
 
 def _one(loss: Any) -> Loss:

@@ -680,7 +680,7 @@ class Model:
         recipe.frozen = self._frozen
         recipe.size_of = partial(checks.size_at, accumulate)
         recipe.batches, recipe.gathers_pieces = batches, pieces is not None
-        if isinstance(compiled.loss, named_losses.SumOfLosses):
+        if isinstance(compiled.loss, named_losses.SumOfLosses) and self._running is None:
             compiled.loss.is_gathered = accumulate != 1 or pieces is not None
         return recipe
 
@@ -779,11 +779,12 @@ class Model:
         before = [(update, update.schedule) for update in training.updates.values()]
         self._drop_gradients()  # what a loop by hand before this one left there
         with self._computing(), self._as_before_unless_trained(training), self._shown(training):
+            outer = self._training_data, self._own_step  # of a fit, if this is a batch that a callback trains on
             self._training_data, self._own_step = data, step if isinstance(step, OwnStep) else None
             try:
                 yield
             finally:
-                self._own_step = self._training_data = None
+                self._training_data, self._own_step = outer
                 for update, schedule in before:
                     if update.scaled_step is not None:
                         update.scaled_step.settle()

@@ -148,9 +148,9 @@ def _fastest(kind: type, module: nn.Module, given: dict[str, Any]) -> dict[str, 
     has_sparse = any(getattr(part, "sparse", False) for part in module.modules())
     devices = {parameter.device.type for parameter in module.parameters()}
     can_fuse = devices <= {"cpu", "cuda", "mps", "xpu"} and all(map(torch.is_floating_point, module.parameters()))
-    # On the CPU, torch's fused SGD takes wrong steps in half precision (seen in 2.9 and 2.13).
+    # On the CPU, torch's fused SGD leaves most half precision values as they are: pytorch/pytorch#191763.
     is_half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters())
-    can_fuse = can_fuse and not ("cpu" in devices and is_half)
+    can_fuse = can_fuse and not ("cpu" in devices and is_half and issubclass(kind, torch.optim.SGD))
     # Fused, SGD would dampen the first momentum of a parameter that is unfrozen later; torch dampens no first one.
     if "fused" in options and can_fuse and not has_sparse and not given.get("dampening"):
         return {"fused": True}

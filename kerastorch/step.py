@@ -148,7 +148,7 @@ def optimizer_step(recipe: Recipe, update: Update) -> None:
         hook(optimizer)
     for parameter in update.parameters:  # what `optimizer.zero_grad()` does, for a tenth of its time
         parameter.grad = None
-    if len(recipe.updates) == 1:
+    if recipe.scaler is not None and len(recipe.updates) == 1:
         update_scale(recipe)
 
 

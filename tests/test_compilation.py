@@ -353,3 +353,36 @@ def test_a_schedule_over_the_run_needs_its_length(classifier, digits, schedule):
         model.fit(endless(), verbose=0)
     assert reference.same_weights(classifier, before)
     model.fit(endless(), steps_per_epoch=2, verbose=0)
+
+
+def test_an_eps_that_float16_rounds_to_zero_is_said(classifier):
+    with pytest.warns(UserWarning, match="Adam divides by a number plus eps=1e-08, which float16 rounds to 0"):
+        kt.Model(classifier, backend="cpu").compile("adam", "cross_entropy", precision="16-true")
+
+
+def test_class_weights_of_a_loss_follow_the_precision(classifier, digits):
+    loss = nn.CrossEntropyLoss(weight=torch.rand(10))
+    model = kt.Model(classifier, backend="cpu").compile("sgd", loss, precision="64")
+    expected = F.cross_entropy(model(digits[0]), digits[1], weight=loss.weight)
+    assert model.evaluate(*digits, verbose=0) == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_a_batch_trained_on_by_a_callback_leaves_the_run_as_it_is(digits):
+    """Several outputs under accumulate keep terms of their losses for the window."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 10), nn.Linear(64, 2)
+
+        def forward(self, x):
+            return {"a": self.a(x), "b": self.b(x)}
+
+    class Extra(kt.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.train_on_batch(x, targets)
+
+    x, targets = digits[0], {"a": digits[1], "b": digits[1] % 2}
+    model = kt.Model(Heads(), backend="cpu").compile("sgd", {"a": "cross_entropy", "b": "cross_entropy"})
+    history = model.fit(x, targets, accumulate=2, batch_size=50, epochs=2, callbacks=[Extra()], verbose=0).history
+    assert history["loss"][1] < history["loss"][0]

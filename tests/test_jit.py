@@ -143,3 +143,12 @@ def test_cuda_graphs_keep_the_outputs_that_metrics_wait_for(classifier, digits) 
     theirs = kt.Model(eager).compile("sgd", "cross_entropy", metrics=["accuracy"], lr=0.1)
     expected = theirs.fit(*digits, batch_size=30, epochs=3, verbose=0).history
     assert ours == {name: pytest.approx(values, abs=1e-4) for name, values in expected.items()}
+
+
+def test_a_size_that_stays_is_compiled_even_if_it_is_smaller(digits, traced) -> None:
+    x, y = digits
+    model = kt.Model(nn.Linear(64, 10), backend="cpu").compile("sgd", "cross_entropy", jit=True)
+    model.fit([(x[:40], y[:40])] * 3, verbose=0)
+    assert len(traced) == 1
+    model.fit([(x[:20], y[:20])] * 6, verbose=0)
+    assert len(traced) == 2

@@ -1,5 +1,6 @@
 """Losses: the number of each name, what it is the mean of, which shapes belong together, and what is refused."""
 
+import functools
 import warnings
 from types import SimpleNamespace
 
@@ -666,3 +667,16 @@ def test_a_batch_of_as_many_tokens_as_classes_is_read_as_the_others_were() -> No
     right = sum((last(x).argmax(-1) == y).sum() for x, y in batches) / (4 * 21)
     model = kt.Model(last, backend="cpu").compile("sgd", "cross_entropy", metrics=["accuracy", "cross_entropy"])
     assert model.evaluate(batches, verbose=0)[:2] == [close(expected), close(right)]
+
+
+def test_a_partial_of_a_function_is_known_as_the_function_is(logits, labels) -> None:
+    weights = torch.tensor([1.0, 2.0, 0.5, 4.0])
+    for options in ({"weight": weights}, {"ignore_index": 2}, {"label_smoothing": 0.1}):
+        expected = F.cross_entropy(logits, labels, **options)
+        assert loss_of(logits, labels, functools.partial(F.cross_entropy, **options), batch_size=3) == close(expected)
+    unreduced = F.cross_entropy(logits, labels, weight=weights, reduction="none")
+    for loss in (
+        functools.partial(F.cross_entropy, weight=weights, reduction="none"),
+        nn.CrossEntropyLoss(weight=weights, reduction="none"),
+    ):
+        assert loss_of(logits, labels, loss, batch_size=3) == close(unreduced.mean())

@@ -260,7 +260,7 @@ def dtypes(module):
 def test_another_compile_gives_the_module_its_own_dtype_again(classifier, digits):
     model = kt.Model(classifier, backend="cpu")
     for mode, expected in [("16-true", HALF), ("bf16", SINGLE), ("64", DOUBLE), ("bf16-true", BRAIN), ("32", SINGLE)]:
-        model.compile("adam", "cross_entropy", precision=mode).fit(*digits, verbose=0)
+        model.compile("sgd", "cross_entropy", precision=mode).fit(*digits, verbose=0)
         assert {*dtypes(classifier).values()} == {expected}
 
 

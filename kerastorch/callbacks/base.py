@@ -77,11 +77,11 @@ class Callback:
 
     @_default
     def on_after_backward(self) -> None:
-        """When the gradients are in `parameter.grad`."""
+        """After the backward pass of each batch; what its step will use is there in `on_before_optimizer_step`."""
 
     @_default
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Before the parameters change."""
+        """Before the parameters change, with the gradients of all its batches in `parameter.grad`, not yet clipped."""
 
     @_default
     def on_before_zero_grad(self, optimizer: Any) -> None:

@@ -53,7 +53,9 @@ class Twins:
     def __init__(self, keras_model, module):
         self.keras, self.torch = keras_model, kt.Model(module, backend="cpu")
 
-    def compile(self, loss, *, optimizer="sgd", lr=0.05, metrics=(), keras_metrics=None, loss_weights=None, weighted=()):
+    def compile(
+        self, loss, *, optimizer="sgd", lr=0.05, metrics=(), keras_metrics=None, loss_weights=None, weighted=()
+    ):
         """`keras_metrics`: where the same metric has another name or threshold in Keras."""
         theirs, ours = OPTIMIZERS[optimizer]
         self.keras.compile(
