@@ -19,8 +19,8 @@ x_train, x_test = train_test_split(images, test_size=0.2, random_state=0)
 
 
 def dense(*widths):
-    layers = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
-    return layers[:-1]
+    pairs = zip(widths, widths[1:], strict=False)
+    return [layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())][:-1]
 
 
 class Autoencoder(nn.Module):
@@ -45,8 +45,8 @@ class Reconstruction(kt.Model):
 
 model = Reconstruction(Autoencoder())
 model.compile({"encoder": "adamw", "decoder": "adamw"}, "mse", lr={"encoder": 2e-3, "decoder": 4e-3}, schedule="cosine")
-history = model.fit(x_train, epochs=100, batch_size=64, verbose=0)
-print(f"loss {history.history['loss'][0]:.4f} after the first epoch, {history.history['loss'][-1]:.4f} after the last")
+history = model.fit(x_train, epochs=60, batch_size=64, verbose=0)
+history.plot(path="autoencoder.png")
 
 pca, error = PCA(CODE).fit(x_train), model.evaluate(x_test, x_test, verbose=0)
 pca_error = ((pca.inverse_transform(pca.transform(x_test)) - x_test) ** 2).mean()

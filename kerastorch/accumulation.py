@@ -131,6 +131,8 @@ class Parked:
     Args:
         parameters: Those of the optimizer.
         size: Calls of `take` in a window.
+    Attributes:
+        is_open: Whether there are gradients that no step has used; of frozen parameters there never are any.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], size: int) -> None:
@@ -139,7 +141,7 @@ class Parked:
 
     @property
     def is_open(self) -> bool:
-        return self._batches > 0
+        return any(gradient is not None for gradient in self._gradients)
 
     def take(self, weight: float, scale: Tensor | None) -> bool:
         """Takes the gradients out of the parameters, and says whether the window is full.

@@ -14,11 +14,10 @@ from torch import nn
 from . import losses, optimizers, precision, schedules
 from .computation import (
     Compute,
+    Overridden,
     checked_state,
-    of_samples,
     output_and_loss,
     output_loss_and_state,
-    overridden,
     without_state,
 )
 from .jit import Jitted, refuse_unknown_mode
@@ -39,7 +38,7 @@ class Compiled:
         plain: The same without an override of `compute_loss`.
         with_state: `(x, target, weight, state) -> (output, loss, state)`, where sequences are cut.
         network: The module in its precision, without the state where it has one.
-        shares: What a loss of `compute` is the mean over.
+        logged_loss: What a loss of `compute` came from: its `shares` are what it is the mean over.
         updates: Name of an optimizer -> its update; empty before `make_updates`.
         scaler: Scales losses in fp16; else `None`.
     """
@@ -82,12 +81,12 @@ class Compiled:
         self.updates: dict[str, Update] = {}
         self.scaler = torch.amp.GradScaler(device.type) if self.precision.scales_loss else None
 
-    def settle(self, compute_loss: Callable | None, latest_output: Callable[[], Any], measures: bool) -> None:
+    def settle(self, compute_loss: Callable | None, measures: bool) -> None:
         """Puts the function of a step together.
 
         Args:
             compute_loss: The user's own; `None` = what `loss` names.
-            latest_output, measures: As in `computation.overridden`.
+            measures: Whether there are metrics.
         """
         if self.tbptt_steps is None:
             network = precision.in_precision(self.module, self.precision, self.device)
@@ -100,10 +99,15 @@ class Compiled:
             network = without_state(stateful)
         self.network = network
         self.plain: Compute = self._jitted(output_and_loss(network, self.loss))
-        self.compute, self.shares = self.plain, self.loss.shares
+        self.compute, self.logged_loss = self.plain, self.loss
         if compute_loss is not None:
             compute_loss = precision.in_precision(compute_loss, self.precision, self.device)
-            self.compute, self.shares = overridden(compute_loss, latest_output, measures), of_samples
+            self.compute = self.logged_loss = Overridden(compute_loss, self.plain, self.loss, measures)
+
+    def gather(self, is_gathered: bool) -> None:
+        """Says whether `logged_loss.shares` will be asked for after each batch of a run."""
+        for loss in (self.loss, self.logged_loss):
+            loss.is_gathered = is_gathered
 
     def change_schedule(self, schedule: Any) -> None:
         """Has the rates of all optimizers follow another schedule from here on."""
@@ -150,18 +154,17 @@ class Compiled:
 
     def _fitting(self, lr: Mapping[str, float], name: str) -> dict[str, float]:
         """Those rates by patterns, of rates for several optimizers, that are for parameters of this one."""
-        own = set(map(id, parameters_of(self.module, [name], "optimizer").values()))
-        for pattern in lr:
-            if not any(matches(known, pattern) for known, _ in self.module.named_parameters()):
-                raise ValueError(
-                    f"lr has the pattern {pattern!r}, which fits no parameter and names no optimizer; they are "
-                    f"{str([*self._named])[1:-1]}."
-                )
-        return {
-            pattern: rate
-            for pattern, rate in lr.items()
-            if not own.isdisjoint(map(id, parameters_of(self.module, [pattern], "lr").values()))
-        }
+        deciding = {known: next((one for one in lr if matches(known, one)), None) for known in self._known_parameters()}
+        for pattern in set(lr) - set(deciding.values()):
+            raise ValueError(
+                f"lr has the pattern {pattern!r}, which fits no parameter that a pattern before it does not, and names "
+                f"no optimizer; they are {str([*self._named])[1:-1]}."
+            )
+        own = {deciding[known] for known in parameters_of(self.module, [name], "optimizer")}
+        return {pattern: rate for pattern, rate in lr.items() if pattern in own}
+
+    def _known_parameters(self) -> list[str]:
+        return [name for name, _ in self.module.named_parameters(remove_duplicate=False)]
 
     def _refuse_shared(self, name: str, updates: dict[str, Update]) -> None:
         """Names of submodules, one inside the other, would have two optimizers step on the same parameters."""

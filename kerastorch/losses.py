@@ -132,6 +132,9 @@ LOGIT_MODULES = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMar
 MARGIN_FUNCTIONS = (_hinge, _squared_hinge, F.soft_margin_loss, F.multilabel_margin_loss)
 
 
+MEAN = 1  # of the reductions in torch's graphs
+
+
 class Share(NamedTuple):
     """A mean loss and what it is the mean over, which is how much it counts beside those of other batches.
 
@@ -160,6 +163,7 @@ class Loss:
         on_logits: Whether the output is expected to be logits, not probabilities.
         threshold: Above which a single output says yes: 0 for logits and margins, else 0.5.
         layout: Where the output's classes are.
+        is_gathered: Whether `shares` will be asked for after each call.
     """
 
     def __init__(self, function: Callable[..., Tensor], name: str, targets: str | None = None) -> None:
@@ -175,7 +179,7 @@ class Loss:
         is_known = targets is not None and not self.on_logits and bare not in MARGIN_FUNCTIONS
         self.threshold = 0.5 if is_known else 0.0
         self.is_unchecked, self._known_targets, self.has_warned = True, (), False
-        self._may_be_masked, self.layout = True, Layout()
+        self._may_be_masked, self.layout, self.is_gathered = True, Layout(), False
         self._unreduced: nn.Module | None = None
         if isinstance(function, nn.Module) and hasattr(function, "reduction"):
             self._unreduced = copy.copy(function)  # which shares its tensors
@@ -373,19 +377,24 @@ class OwnLoss:
     """The loss that a module computed itself: its scalar output, or `.loss`, `["loss"]` or the one scalar of it.
 
     It is taken to be a mean over the samples, or over the tokens where targets are indices of tokens, of which those
-    below 0 are masked (-100 is Transformers', -1 nanoGPT's).
+    below 0 are masked (-100 is Transformers', -1 nanoGPT's). Causal language models predict no first token: whether
+    one is counted is read off the cross entropy in the graph of a first loss.
 
     Args:
-        module: Who computes it. Transformers' causal language models predict no first token, and none is counted.
+        module: Who computes it.
     Attributes:
         latest: Other scalars that the module returned beside the last loss, by name.
+        is_gathered: Whether `shares` will be asked for after each call.
     """
 
     is_unchecked = False
 
     def __init__(self, module: nn.Module) -> None:
+        # Transformers says which of its losses it takes; some models take another one all the same.
         self._skipped_tokens = 1 if getattr(module, "loss_type", None) == "ForCausalLM" else 0
+        self._looks = 3  # into as many graphs, at most: each makes the host wait
         self.latest: dict[str, Tensor] = {}
+        self.is_gathered = False
 
     def expect(self, *targets: Any) -> None:
         """Nothing to check: only the module knows its targets."""
@@ -418,7 +427,22 @@ class OwnLoss:
                 for name, part in output.items()
                 if name != "loss" and isinstance(part, Tensor) and part.ndim == 0
             }
+        if self._looks and loss.grad_fn is not None and self.masks(output, target):
+            self._learn(loss, target)
         return loss
+
+    def _learn(self, loss: Tensor, target: Tensor) -> None:
+        """Whether the first token counts, from how many the cross entropy in the loss was divided by."""
+        self._looks -= 1
+        node = loss.grad_fn
+        while node is not None and not node.name().startswith("NllLoss"):
+            node = next((before for before, _ in node.next_functions if before is not None), None)
+        if node is None or node._saved_reduction != MEAN:
+            return
+        counted = int(node._saved_total_weight)
+        whole, shifted = (int((target[..., first:] >= 0).sum()) for first in (0, 1))
+        if whole != shifted and counted in (whole, shifted):
+            self._skipped_tokens, self._looks = int(counted == shifted), 0
 
     def masks(self, output: Any, target: Any) -> bool:
         """Whether the loss is a mean over tokens, of which some may be masked."""

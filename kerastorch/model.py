@@ -24,13 +24,23 @@ from . import precision as precisions
 from .callbacks.base import hooks_of
 from .callbacks.progress import is_notebook, progress_for
 from .compilation import Compiled
+from .computation import Overridden
 from .data import Data, Reading, open_data, peek, split_tail
 from .history import History
 from .microbatch import PiecewiseStep
 from .overrides import OwnStep
 from .patterns import norms_inside, parameters_of
 from .precision import scaled_backward
-from .step import Recipe, closure_step, forward, forward_backward, open_windows, optimizer_step, samples_in
+from .step import (
+    Recipe,
+    Update,
+    closure_step,
+    forward,
+    forward_backward,
+    open_windows,
+    optimizer_step,
+    samples_in,
+)
 from .structures import join, leaves, map_structure
 from .summary import Summary, summarize
 from .tbptt import TruncatedStep
@@ -76,7 +86,6 @@ class Model:
         self._running: Recipe | None = None
         self._own_step: OwnStep | None = None
         self._training_data: Data | None = None
-        self._output: Any = None
 
     # Choosing.
 
@@ -151,11 +160,11 @@ class Model:
             self._cast(precisions.KNOWN["32"] if self._compiled is None else self._compiled.precision)
             raise
         own_loss = self._own_loss if self._overrides("compute_loss") else None
-        compiled.settle(own_loss, self._take_output, bool(chosen_metrics))
+        compiled.settle(own_loss, bool(chosen_metrics))
         self._compiled, self.optimizer = compiled, compiled.optimizer
         # Two states: validation never counts into the running epoch. The user's own objects hold the evaluation's.
-        self._training_tracker = Tracker(compiled.loss, copies(chosen_metrics), self.backend.device)
-        self._evaluation_tracker = Tracker(compiled.loss, chosen_metrics, self.backend.device)
+        self._training_tracker = Tracker(compiled.logged_loss, copies(chosen_metrics), self.backend.device)
+        self._evaluation_tracker = Tracker(compiled.logged_loss, chosen_metrics, self.backend.device)
         named_losses.warn_of_final_softmax(self.module, compiled.loss)
         return self
 
@@ -372,7 +381,7 @@ class Model:
         self._expect(opened)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
         with self._computing(), self._shown(evaluation), loop.announced_errors(hooks):
-            logs = loop.evaluate(evaluation, self._batches(islice(opened.batches(0), steps)))
+            logs = loop.evaluate(evaluation, self._batches(islice(opened.batches(0), steps), is_evaluated=True))
         return _returned(logs, return_dict)
 
     def test_on_batch(
@@ -472,13 +481,13 @@ class Model:
 
         Of each optimizer by its name where there are several; `None` where no norm is clipped.
         """
-        norms = {name: update.gradient_norm for name, update in self._updates().items()}
+        norms = {name: update.gradient_norm for name, update in self.updates.items()}
         return norms.get("") if "" in norms or not norms else norms
 
     @property
     def skipped_steps(self) -> int:
         """Optimizer steps left out since `compile` for gradients that overflowed in fp16; read from the device."""
-        steps = (update.scaled_step for update in self._updates().values())
+        steps = (update.scaled_step for update in self.updates.values())
         return sum(int(step.skipped) for step in steps if step is not None)
 
     def change_schedule(self, schedule: Any) -> None:
@@ -503,9 +512,13 @@ class Model:
                 "the training data is a generator, which cannot be gone through again. Give fit a list, a DataLoader, "
                 "or a callable that makes a new generator."
             )
-        return self._batches(self._training_data.batches(self.epochs_trained))
+        data, number = self._training_data, self.epochs_trained
+        # Not begun before somebody iterates: a loader draws from the random numbers and starts its workers then.
+        return (batch for one in (data,) for batch in self._batches(one.batches(number)))
 
-    def _updates(self) -> dict[str, Any]:
+    @property
+    def updates(self) -> dict[str, Update]:
+        """What becomes of the gradients of each optimizer, by its name; `""` is the name of a single one."""
         return {} if self._compiled is None else self._compiled.updates
 
     # What can be overridden, and what overrides use.
@@ -527,8 +540,9 @@ class Model:
         batch = (*batch, None)[:3]
         if self._compiled.has_own_loss:
             batch = _targets_as_inputs(batch)
-        self._output, loss = self._compiled.plain(*batch)
-        return loss
+        if isinstance(self._compiled.compute, Overridden):
+            return self._compiled.compute.ask(batch)
+        return self._compiled.plain(*batch)[1]
 
     def train_step(self, batch: tuple) -> Mapping[str, Any] | None:
         """What is done with a batch; override it for several optimizers, or several losses.
@@ -590,12 +604,8 @@ class Model:
         return getattr(getattr(self, name), "__func__", None) is not getattr(Model, name)
 
     def _own_loss(self, batch: tuple) -> Any:
-        self._output, self._running.samples = None, samples_in(batch[0])
+        self._running.samples = samples_in(batch[0])
         return self.compute_loss(batch)
-
-    def _take_output(self) -> Any:
-        output, self._output = self._output, None
-        return output
 
     def get_weights(self) -> list[np.ndarray]:
         """Copies of all parameters and buffers as numpy arrays, in the order of `module.state_dict()`."""
@@ -668,7 +678,9 @@ class Model:
 
     def _recipe(self, tracker: Tracker, hooks: Any) -> Recipe:
         compiled = self._compiled
-        return Recipe(self.module, compiled.compute, compiled.shares, tracker, hooks, device=self.backend.device)
+        return Recipe(
+            self.module, compiled.compute, compiled.logged_loss.shares, tracker, hooks, device=self.backend.device
+        )
 
     def _training_recipe(
         self, tracker: Tracker, hooks: Any, accumulate: int | Mapping[int, int], batches: int | None, pieces: Any = None
@@ -680,8 +692,8 @@ class Model:
         recipe.frozen = self._frozen
         recipe.size_of = partial(checks.size_at, accumulate)
         recipe.batches, recipe.gathers_pieces = batches, pieces is not None
-        if isinstance(compiled.loss, named_losses.SumOfLosses) and self._running is None:
-            compiled.loss.is_gathered = accumulate != 1 or pieces is not None
+        if self._running is None:
+            compiled.gather(accumulate != 1 or pieces is not None)
         return recipe
 
     def _step(self, training: Recipe, accumulate: Any = 1, microbatch: int | str | None = None) -> Callable:
@@ -723,14 +735,15 @@ class Model:
         stream = opened.stream(self.epochs_trained)
         return lambda: self._batches(islice(stream, steps_per_epoch))
 
-    def _batches(self, batches: Iterable) -> Iterator:
+    def _batches(self, batches: Iterable, is_evaluated: bool = False) -> Iterator:
         fed = self.backend.feed(batches)
-        takes_targets = self._compiled.has_own_loss and not self._overrides("compute_loss")
-        return map(_targets_as_inputs, fed) if takes_targets and not self._overrides("train_step") else fed
+        is_plain = not self._overrides("compute_loss") and (is_evaluated or not self._overrides("train_step"))
+        return map(_targets_as_inputs, fed) if self._compiled.has_own_loss and is_plain else fed
 
     def _validate(self, evaluation: Recipe, validation: Data, steps: int | None, interruption: Any) -> dict[str, Any]:
         with self._shown(evaluation):
-            return loop.evaluate(evaluation, self._batches(islice(validation.batches(0), steps)), interruption)
+            batches = self._batches(islice(validation.batches(0), steps), is_evaluated=True)
+            return loop.evaluate(evaluation, batches, interruption)
 
     def _inputs(self, data: Any) -> Any:
         """`data` for `predict`, where arrays in a tuple or list are several inputs if the module takes as many.

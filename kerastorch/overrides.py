@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .accumulation import Parked
+from .checks import refuse_no_number
 from .optimizers import needs_closure
 from .precision import LOW, Precision, autocast
 from .step import Batch, Recipe, Update, loss_scale, optimizer_step, samples_in, update_scale
@@ -125,6 +126,7 @@ class OwnStep:
                 f"{{'loss': loss}}, or call self.log('loss', loss)."
             )
         for name, value in (returned or {}).items():
+            refuse_no_number(name, value)
             self.recipe.tracker.log(name, value, self.recipe.samples)
 
     def _gathers(self) -> bool:

@@ -172,15 +172,21 @@ class ScaledStep:
         self.skipped: Tensor | int = 0
         self._last: tuple[_Flag, Any] | None = None
 
-    def __call__(self, schedule: Any = None) -> None:
-        """One step; if it was taken, `schedule.after_step` follows with `settle`, unless `schedule` is `None`."""
-        self.scaler.step(self.optimizer)
+    def __call__(self, schedule: Any = None) -> bool:
+        """One step, and whether there was any gradient to check.
+
+        If it was taken, `schedule.after_step` follows with `settle`, unless `schedule` is `None`.
+        """
         # GradScaler keeps for itself what it found, and only until its `update`.
         found = [*self.scaler._found_inf_per_device(self.optimizer).values()]
+        if not found:  # all its parameters are frozen
+            return False
+        self.scaler.step(self.optimizer)
         is_skipped = sum(flag.to(found[0].device, non_blocking=True) for flag in found) > 0
         self.skipped = self.skipped + is_skipped
         if schedule is not None:
             self._last = _Flag(is_skipped), schedule
+        return True
 
     def settle(self) -> None:
         """Has the schedule follow the last step, if that was taken."""

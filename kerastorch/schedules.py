@@ -313,7 +313,7 @@ class Running:
         self._base = [settings | {"lr": float(rate)} for settings, rate in zip(self._base, rates, strict=True)]
         if not self.schedule.restarts:
             self._scheduler = self._made(None)
-        elif self._left:
+        elif self._left or (self.has_begun and self.schedule.steps):  # one of its own length may be over before the run
             self.begin(self._length, self._scheduler.last_epoch)
         else:
             self._scheduler = None

@@ -137,8 +137,7 @@ def optimizer_step(recipe: Recipe, update: Update) -> None:
     if schedule is not None:
         recipe.rates = recipe.rates | {update.rate_name: optimizer.param_groups[0]["lr"]}
     if update.scaled_step is not None:
-        update.scaled_step(schedule)
-        recipe.is_scale_due = True
+        recipe.is_scale_due |= update.scaled_step(schedule)
     else:
         optimizer.step()
         if schedule is not None:

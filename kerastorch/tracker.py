@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .history import Logs
-from .losses import Loss, OwnLoss, SumOfLosses
+from .losses import Loss, SumOfLosses
 from .metrics import Mean, Stateful, Sums
 from .structures import map_structure
 
@@ -27,19 +27,17 @@ class Tracker:
     """The running means of one epoch, or of one evaluation.
 
     Args:
-        loss: What the losses given to `add` came from.
+        loss: What the losses given to `add` came from: says by `masks` and `units` what they are means over.
         metrics: Pairs of the key of an output (`None` = the only one) and a `Mean` or `Stateful`.
         device: Where the sums are kept.
     """
 
-    def __init__(
-        self, loss: Loss | SumOfLosses | OwnLoss, metrics: list[tuple[Any, Mean | Stateful]], device: Any
-    ) -> None:
+    def __init__(self, loss: Loss | SumOfLosses | Any, metrics: list[tuple[Any, Mean | Stateful]], device: Any) -> None:
         self.loss = loss
         self.means = [(key, metric) for key, metric in metrics if isinstance(metric, Mean)]
         self.stateful = [(key, metric) for key, metric in metrics if isinstance(metric, Stateful)]
         self.names = [metric.name for _, metric in metrics]
-        self._has_parts, self._has_latest = isinstance(loss, SumOfLosses), isinstance(loss, (SumOfLosses, OwnLoss))
+        self._has_parts, self._has_latest = isinstance(loss, SumOfLosses), not isinstance(loss, Loss)
         self._has_weighted = any(metric.is_weighted for _, metric in self.means)
         self.joins = all(metric.joins for _, metric in metrics) and not self._has_parts and not self._has_weighted
         # Sums in float64: in float32 a count stops growing at 2**24 samples. MPS has no float64.
@@ -186,7 +184,7 @@ class Tracker:
         return values | own | _in_order(measured, self.names)
 
 
-def _loss_sum(loss: Loss | OwnLoss, losses: Tensor, output: Tensor, targets: list[Tensor], samples: int) -> Sums:
+def _loss_sum(loss: Any, losses: Tensor, output: Tensor, targets: list[Tensor], samples: int) -> Sums:
     if not loss.masks(output, targets[0]):
         return losses.sum() * samples, samples * len(losses)
     # Each batch counts as often as it has targets that are not masked; one that has none has no loss.

@@ -555,7 +555,7 @@ def test_missing_values_are_named_once_by_column(regressor):
         model.evaluate(frame, np.ones((6, 1)), verbose=0)
     with pytest.warns(UserWarning, match="x has 3 NaN in columns 4, 7") as caught:
         model.fit(DataLoader(Rows(torch.tensor(x), torch.ones(6, 1)), 6), epochs=2, verbose=0)
-    assert len(caught) == 1
+    assert len([one for one in caught if "x has" in str(one.message)]) == 1
     with pytest.warns(UserWarning, match="x has 3 NaN in columns 4, 7"):
         model.fit(DataLoader(TensorDataset(torch.tensor(x), torch.ones(6, 1)), 6), verbose=0)
     with pytest.warns(UserWarning, match="y has 1 NaN"):

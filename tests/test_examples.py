@@ -20,10 +20,8 @@ MODULES = [name for _, name, _ in pkgutil.walk_packages(kerastorch.__path__, "ke
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(path, tmp_path):
-    environment = os.environ | {
-        "MPLBACKEND": "Agg",
-        "OMP_NUM_THREADS": "1",
-    }  # small networks: a second thread only waits
+    # Small networks: a second thread only waits.
+    environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, path], check=True, timeout=120, cwd=tmp_path, env=environment)
     assert (tmp_path / f"{path.stem}.png").stat().st_size > 1000
 

@@ -27,16 +27,16 @@ PACKAGE = Path(kerastorch.__file__).parent
 BELOW = {
     "__init__": {"backends", "callbacks", "history", "model", "schedules", "seeding"},
     "model": {
-        "backends", "callbacks.base", "callbacks.progress", "checks", "compilation", "data", "history", "loop",
-        "losses", "metrics", "microbatch", "optimizers", "overrides", "patterns", "precision", "step", "structures",
-        "summary", "tbptt", "tensors", "tracker",
+        "backends", "callbacks.base", "callbacks.progress", "checks", "compilation", "computation", "data", "history",
+        "loop", "losses", "metrics", "microbatch", "optimizers", "overrides", "patterns", "precision", "step",
+        "structures", "summary", "tbptt", "tensors", "tracker",
     },
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
     "jit": {"computation", "losses", "structures"},
     "computation": {"losses", "precision", "step"},
     "microbatch": {"accumulation", "step", "structures"},
     "tbptt": {"step", "structures"},
-    "overrides": {"precision", "step"},
+    "overrides": {"accumulation", "checks", "optimizers", "precision", "step"},
     "loop": {"history", "step", "structures"},
     "step": {"accumulation", "losses", "precision", "structures", "tracker"},
     "accumulation": {"losses"},
@@ -51,7 +51,9 @@ BELOW = {
     "summary": {"tracing"},
     "backends.__init__": {"backends.single"},
     "backends.single": {"structures"},
-    "callbacks.__init__": {"callbacks.base", "callbacks.progress"},
+    "callbacks.__init__": {"callbacks.averaging", "callbacks.base", "callbacks.progress", "callbacks.transfer"},
+    "callbacks.averaging": {"callbacks.base"},
+    "callbacks.transfer": {"callbacks.base", "patterns"},
     "callbacks.progress": {"callbacks.base"},
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

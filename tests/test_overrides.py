@@ -386,11 +386,12 @@ def test_fp16_is_one_scaler_for_all_optimizers(pair, digits, rounds, accumulate,
 
 
 @pytest.mark.parametrize("name", ["sgd", "rmsprop"])  # fused, and one that the scaler steps itself
-def test_fp16_leaves_out_an_optimizer_whose_parameters_are_all_frozen(pair, digits, name):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fp16_leaves_out_an_optimizer_whose_parameters_are_all_frozen(pair, digits, name, accumulate):
     model = of_rounds("gd")(pair, backend="cpu")
     model.compile({"g": name, "d": name}, precision="16").freeze("g")
     before = copy.deepcopy(pair)
-    model.fit(digits[0], epochs=2, verbose=0)
+    model.fit(digits[0], epochs=2, accumulate=accumulate, verbose=0)
     assert reference.same_weights(pair["g"], before["g"])
     assert not reference.same_weights(pair["d"], before["d"])
 
@@ -486,6 +487,10 @@ def test_rates_by_optimizer_and_by_pattern(pair):
     assert rates({"g": {"g.0": 0.1, "*": 0.2}, "d": 0.3}) == {"g": [0.1, 0.2], "d": [0.3]}
     assert rates({"*.0": 0.1, "*": 0.2}) == {"g": [0.1, 0.2], "d": [0.1, 0.2]}
     assert rates({"g.0": 0.1, "*": 0.2}) == {"g": [0.1, 0.2], "d": [0.2]}
+    assert rates({"g": 0.1, "*": 0.2}) == {"g": [0.1], "d": [0.2]}
+    assert rates({"*.0": 0.1, "g": 0.2, "*": 0.3}) == {"g": [0.1, 0.2], "d": [0.1, 0.3]}
+    with pytest.raises(ValueError, match="lr has the pattern 'g', which fits no parameter"):
+        rates({"*": 0.2, "g": 0.1})
 
 
 # What may be an optimizer, and what it is for.
@@ -911,9 +916,17 @@ def test_what_is_logged_is_a_number(regressor, diabetes, value):
 
     model = Logs(regressor, backend="cpu").compile("sgd", "mse")
     before = copy.deepcopy(regressor)
-    with pytest.raises((TypeError, ValueError), match="log was given .* as 'name', expected a number or a scalar"):
+    with pytest.raises(TypeError, match="log was given .* as 'name', expected a number or a scalar"):
         model.fit(*diabetes, verbose=0)
     assert reference.same_weights(regressor, before)
+
+    def train_step(self, batch):
+        self.backward(loss_of(self, batch))
+        self.optimizer_step()
+        return {"name": value}
+
+    with pytest.raises(TypeError, match="log was given .* as 'name', expected a number or a scalar"):
+        fit_with(regressor, *diabetes, train_step)
 
 
 def test_a_train_step_that_never_steps_warns_once(regressor, diabetes):

@@ -8,8 +8,10 @@ decide.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral, Real
@@ -426,9 +428,10 @@ class StochasticWeightAveraging(_Averaging):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # the mean over all batches, each weighing the same
-            # Not more than an epoch has: with `steps_per_epoch` the data may be endless.
-            for x, y, weight in islice(self.model.training_batches(), self.params["steps"]):
-                self.model.compute_loss((x, y) if weight is None else (x, y, weight))
+            with _nothing_compiled():
+                # Not more than an epoch has: with `steps_per_epoch` the data may be endless.
+                for x, y, weight in islice(self.model.training_batches(), self.params["steps"]):
+                    self.model.compute_loss((x, y) if weight is None else (x, y, weight))
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -436,6 +439,11 @@ class StochasticWeightAveraging(_Averaging):
 
 def _has_statistics(part: nn.Module) -> bool:
     return isinstance(part, _BatchNorm) and part.running_mean is not None
+
+
+def _nothing_compiled() -> AbstractContextManager:
+    """Compiled functions run as they were written: with a mean over all batches, BatchNorm cannot be compiled."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _copied(parameter: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Unfreeze(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. The optimizer gets its groups here, so that its own state can be loaded after this."""
-        self._has_begun, self._is_loaded = state["has_begun"], True
+        self._has_begun, self._has_group, self._is_loaded = state["has_begun"], False, True
         if state["has_group"] and self.lr is not None and self.model is not None:
             self._give_rate()
 
@@ -91,7 +91,7 @@ class Unfreeze(Callback):
         return parameters_of(self.model.module, [self.pattern], "Unfreeze pattern")
 
     def _updates(self) -> list[Any]:
-        return list(self.model._updates().values())
+        return list(self.model.updates.values())
 
     def _give_rate(self, is_training: bool = False) -> None:
         """Groups of their own for the parameters, at `lr`; what is so already stays as it is."""
@@ -120,8 +120,8 @@ class Unfreeze(Callback):
             if not _is_scheduled(update) or update.schedule.schedule.restarts:
                 continue
             groups = zip(update.optimizer.param_groups, _base_rates(update), strict=True)
-            rates = {rate for group, rate in groups if not ids.isdisjoint(map(id, group["params"]))}
-            if rates - {self.lr}:
+            rates = {rate for group, rate in groups if not ids.isdisjoint(map(id, group["params"]))} - {self.lr}
+            if rates:
                 raise ValueError(
                     f"Unfreeze would change the rate of {self.pattern!r}, which is trained already, from "
                     f"{rates.pop()} to {self.lr} in mid-run, where schedule={update.schedule.schedule.name} knows only "

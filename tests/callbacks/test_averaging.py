@@ -479,6 +479,20 @@ def test_statistics_are_computed_as_compute_loss_goes_through_the_module(normali
     assert same_weights(model.module, average)
 
 
+def test_statistics_are_computed_and_what_is_compiled_stays_so(normalized, digits, monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_(function, backend="eager", fullgraph=True)
+    )
+    torch._dynamo.reset()
+    expected = run(normalized, digits, StochasticWeightAveraging(0.05, 3, 2))
+    model = kt.Model(normalized, backend="cpu").compile(sgd, "cross_entropy", jit=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(model, digits, StochasticWeightAveraging(0.05, 3, 2))
+    torch.testing.assert_close(model.module.state_dict(), expected.module.state_dict(), atol=1e-6, rtol=0)
+
+
 def test_frozen_norms_keep_their_statistics(normalized, digits):
     fit(kt.Model(normalized, backend="cpu").compile(sgd, "cross_entropy"), digits, epochs=1)  # statistics to keep
     net, hand = (nn.Sequential(*copy.deepcopy(normalized), nn.BatchNorm1d(10)) for _ in range(2))
@@ -612,7 +626,6 @@ def test_norms_and_a_generator_are_refused_before_training(normalized, digits):
     assert same_weights(normalized, before)
 
 
-@pytest.mark.xfail(strict=True, reason="training_batches begins to read when it is called")
 def test_the_order_of_a_loader_is_what_it_was(normalized, digits):
     class Digits(torch.utils.data.Dataset):
         def __len__(self):

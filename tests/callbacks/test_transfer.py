@@ -330,12 +330,14 @@ def test_a_second_run_finds_everything_done(net, digits, schedule):
     assert watch.rates == [pytest.approx([rate, 0.1 * rate]) for (rate,) in alone.rates]
     fit(model.freeze("0"), digits, unfreeze, watch)
     assert len(model.optimizer.param_groups) == 2 and all(one.requires_grad for one in model.module.parameters())
+    other = fit(frozen(net, schedule=schedule), digits, unfreeze, epochs=1)
+    assert len(other.optimizer.param_groups) == 2
 
 
 @pytest.mark.parametrize("pattern", ["0", "*"])
 @pytest.mark.parametrize("schedule", [None, "cosine"])
-@pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_it_resumes_bit_for_bit(net, digits, epoch, schedule, pattern):
+@pytest.mark.parametrize(("epoch", "loads_first"), [(0, True), (1, False), (2, True), (2, False)])
+def test_it_resumes_bit_for_bit(net, digits, epoch, loads_first, schedule, pattern):
     saved = []
 
     class Save(kt.Callback):
@@ -347,8 +349,13 @@ def test_it_resumes_bit_for_bit(net, digits, epoch, schedule, pattern):
                 buffer.seek(0)
                 saved.extend(torch.load(buffer, weights_only=True))
 
+    class Halve(kt.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            for group in self.model.optimizer.param_groups if schedule is None else ():
+                group["lr"] /= 2
+
     unfreeze = Unfreeze(2, pattern, 0.01)
-    whole = fit(frozen(net, schedule=schedule), digits, Save(), unfreeze)
+    whole = fit(frozen(net, schedule=schedule), digits, Halve(), Save(), unfreeze)
 
     class Load(kt.Callback):
         def on_train_begin(self, logs=None):
@@ -357,7 +364,8 @@ def test_it_resumes_bit_for_bit(net, digits, epoch, schedule, pattern):
             self.model.module.load_state_dict(saved[0])
 
     other, model = Unfreeze(2, pattern, 0.01), frozen(net, schedule=schedule)
-    fit(model, digits, *([Load(), other] if epoch else [other, Load()]), initial_epoch=epoch + 1)
+    fit(frozen(net, schedule=schedule), digits, other)  # which is of no account
+    fit(model, digits, *([Load(), other] if loads_first else [other, Load()]), Halve(), initial_epoch=epoch + 1)
     assert same_weights(model.module, whole.module)
     rates = [[group["lr"] for group in one.optimizer.param_groups] for one in (model, whole)]
     assert rates[0] == rates[1]
