@@ -18,6 +18,7 @@ from .computation import (
     checked_state,
     output_and_loss,
     output_loss_and_state,
+    with_graph,
     without_state,
 )
 from .jit import Jitted, refuse_unknown_mode
@@ -99,6 +100,8 @@ class Compiled:
             network = without_state(stateful)
         self.network = network
         self.plain: Compute = self._jitted(output_and_loss(network, self.loss))
+        if isinstance(self.loss, OwnLoss):
+            self.plain = with_graph(self.plain, self.loss)
         self.compute, self.logged_loss = self.plain, self.loss
         if compute_loss is not None:
             compute_loss = precision.in_precision(compute_loss, self.precision, self.device)

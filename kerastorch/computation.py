@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .losses import Share, SumOfLosses
+from .losses import OwnLoss, Share, SumOfLosses
 from .precision import as_float32
 from .step import forward
 
@@ -55,6 +56,18 @@ def checked_state(returned: Any) -> tuple[Any, Any]:
         f"tbptt_steps needs a module that returns (output, state), but it returned {what}. Return the state too, "
         f"e.g. (output, (h, c)), or leave tbptt_steps out."
     )
+
+
+def with_graph(compute: Compute, loss: OwnLoss) -> Compute:
+    """The function, with a graph as long as the module's own loss needs one, in evaluations too."""
+
+    def run(x: Any, target: Any, weight: Any) -> tuple[Any, Tensor]:
+        if not loss.needs_graph:
+            return compute(x, target, weight)
+        with torch.enable_grad():
+            return compute(x, target, weight)
+
+    return run
 
 
 def output_loss_and_state(network: Callable, loss: Callable[[Any, Any, Any], Tensor]) -> Callable:

@@ -427,13 +427,21 @@ class OwnLoss:
                 for name, part in output.items()
                 if name != "loss" and isinstance(part, Tensor) and part.ndim == 0
             }
-        if self._looks and loss.grad_fn is not None and self.masks(output, target):
+        if self._looks and loss.grad_fn is not None:
             self._learn(loss, target)
         return loss
 
-    def _learn(self, loss: Tensor, target: Tensor) -> None:
+    @property
+    def needs_graph(self) -> bool:
+        """Whether the next loss is looked into, also that of an evaluation."""
+        return self._looks > 0
+
+    def _learn(self, loss: Tensor, target: Any) -> None:
         """Whether the first token counts, from how many the cross entropy in the loss was divided by."""
         self._looks -= 1
+        if not self.masks(None, target):  # no tokens
+            self._looks = 0
+            return
         node = loss.grad_fn
         while node is not None and not node.name().startswith("NllLoss"):
             node = next((before for before, _ in node.next_functions if before is not None), None)

@@ -737,8 +737,10 @@ class Model:
 
     def _batches(self, batches: Iterable, is_evaluated: bool = False) -> Iterator:
         fed = self.backend.feed(batches)
+        if not self._compiled.has_own_loss:
+            return fed
         is_plain = not self._overrides("compute_loss") and (is_evaluated or not self._overrides("train_step"))
-        return map(_targets_as_inputs, fed) if self._compiled.has_own_loss and is_plain else fed
+        return map(_targets_as_inputs if is_plain else _with_labels, fed)
 
     def _validate(self, evaluation: Recipe, validation: Data, steps: int | None, interruption: Any) -> dict[str, Any]:
         with self._shown(evaluation):
@@ -887,13 +889,19 @@ def _takes(module: nn.Module, inputs: int) -> bool:
 
 
 def _targets_as_inputs(batch: tuple) -> tuple:
-    """A module that computes its own loss takes the targets behind its inputs."""
-    x, target, weight = batch
-    if target is None:
-        return batch if not isinstance(x, Mapping) else (x, x.get("labels"), weight)
+    """A module that computes its own loss takes the targets behind its inputs; they still say how much is masked."""
+    x, target, weight = _with_labels(batch)
+    if target is None or (isinstance(x, Mapping) and target is x.get("labels")):
+        return x, target, weight
     if isinstance(x, Mapping):
         raise ValueError("loss=None and inputs by name: put the target among them too, or give compile a loss.")
     return (*x, target) if isinstance(x, tuple) else (x, target), target, weight
+
+
+def _with_labels(batch: tuple) -> tuple:
+    """Targets that are among inputs by name, as Transformers' modules take them, are targets too."""
+    x, target, weight = batch
+    return (x, x.get("labels"), weight) if target is None and isinstance(x, Mapping) else batch
 
 
 def _hears_batches(callbacks: list[Any], stage: str) -> bool:

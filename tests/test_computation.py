@@ -205,14 +205,16 @@ def test_accumulated_tokens_count_as_in_the_large_batch(tokens, net_of, kind, ho
 
 @pytest.mark.parametrize("net_of", [Tokens, Causal, Unshifted, Wrapped])
 @pytest.mark.parametrize("kind", [kt.Model, AsksSuper])
-def test_the_loss_of_an_epoch_is_the_mean_over_its_tokens(tokens, net_of, kind):
+@pytest.mark.parametrize("how", ["target", "by name"])
+def test_the_loss_of_an_epoch_is_the_mean_over_its_tokens(tokens, net_of, kind, how):
     x, y = tokens
+    data = (x, y) if how == "target" else ({"tokens": x, "labels": y}, None)
     net = net_of()
-    whole = net(x, y)["loss"].item()
+    whole = pytest.approx(net(x, y)["loss"].item(), rel=1e-6)
     model = kind(net, backend="cpu").compile("sgd", lr=0.0)
-    history = model.fit(x, y, batch_size=8, validation_data=(x, y), verbose=0).history
-    assert history == {"loss": [pytest.approx(whole, rel=1e-6)], "val_loss": [pytest.approx(whole, rel=1e-6)]}
-    assert model.evaluate(x, y, batch_size=4, verbose=0) == pytest.approx(whole, rel=1e-6)
+    assert model.evaluate(*data, batch_size=4, verbose=0) == whole  # before any training, too
+    history = model.fit(*data, batch_size=8, validation_data=data, verbose=0).history
+    assert history == {"loss": [whole], "val_loss": [whole]}
 
 
 def test_a_batch_without_a_token_counts_for_nothing(tokens):
