@@ -104,9 +104,9 @@ class Window:
         if isinstance(total, Tensor):  # as float64 where there is one: the quotient of integers would be a float32
             total = torch.where(total > 0, total, 1).to(torch.float32 if total.is_mps else torch.float64)
         factor = expected / total
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(factor)
+        there = [gradient for gradient in gradients if gradient is not None]
+        if there:
+            torch._foreach_mul_(there, factor)
 
     def _add_apart(self, name: str, loss: Tensor, backward: Callable[..., None], is_last: bool) -> None:
         """Adds to the gradients of this loss alone: what they will be divided by is not what the others' will be."""

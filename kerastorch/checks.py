@@ -192,6 +192,16 @@ def refuse_unknown_monitors(callbacks: list[Any], names: list[str], is_validated
         )
 
 
+def refuse_two_averages(callbacks: list[Any]) -> None:
+    """Of several averages only one can be left in the module."""
+    names = [type(callback).__name__ for callback in callbacks if getattr(callback, "leaves_average", False)]
+    if len(names) > 1:
+        raise ValueError(
+            f"callbacks {' and '.join(names)} would each leave their average in the module. Give one of them, or "
+            f"EMA(swap=False), which leaves the module alone."
+        )
+
+
 def is_due(epoch: int, freq: int | Iterable[int]) -> bool:
     """Whether an epoch, 0-based, is validated: `freq` counts from 1, as Keras does."""
     return (epoch + 1) % freq == 0 if isinstance(freq, Integral) else epoch + 1 in freq

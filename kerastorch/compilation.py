@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import losses, optimizers, precision, schedules
 from .computation import (
@@ -63,7 +63,6 @@ class Compiled:
         chosen_loss = losses.get(loss)
         self.has_own_loss = chosen_loss is None
         self.loss: Loss | SumOfLosses | OwnLoss = OwnLoss(module) if chosen_loss is None else chosen_loss
-        losses.place(self.loss, device, torch.float64 if self.precision.weights is torch.float64 else None)
         self.is_single = not isinstance(optimizer, Mapping)
         named = self._named = {"": optimizer} if self.is_single else dict(optimizer)
         if not named:
@@ -89,6 +88,8 @@ class Compiled:
             compute_loss: The user's own; `None` = what `loss` names.
             measures: Whether there are metrics.
         """
+        is_double = self.precision.weights is torch.float64
+        losses.place(self.loss, self.device, torch.float64 if is_double else None)
         if self.tbptt_steps is None:
             network = precision.in_precision(self.module, self.precision, self.device)
         else:
@@ -114,10 +115,27 @@ class Compiled:
 
     def change_schedule(self, schedule: Any) -> None:
         """Has the rates of all optimizers follow another schedule from here on."""
+        chosen = schedules.get(schedule)
+        if chosen is not None and chosen.restarts:
+            raise ValueError(
+                f"change_schedule was given {chosen.name!r}, which goes over a whole run. Give a callable optimizer -> "
+                f"LRScheduler, or give compile the schedule."
+            )
         for update in self.updates.values():
             if update.scaled_step is not None:
                 update.scaled_step.settle()
-            update.schedule = None if schedule is None else schedules.Running(schedules.get(schedule), update.optimizer)
+            update.schedule = None if chosen is None else schedules.Running(chosen, update.optimizer)
+
+    def leave(self, others: set[int]) -> None:
+        """Gives optimizers among `others`, by `id`, the rates back that they had before their schedules."""
+        for update in self.updates.values():
+            if update.schedule is not None and id(update.optimizer) in others:
+                update.schedule.reset()
+
+    @property
+    def given(self) -> set[int]:
+        """Which optimizers are the user's own instances, by `id`."""
+        return {id(self._named[name]) for name in self._given}
 
     def _jitted(self, compute: Callable) -> Callable:
         return Jitted(compute, self.loss, self._jit) if self._jit else compute
@@ -129,8 +147,21 @@ class Compiled:
         return made.get("") if self.is_single or not made else made
 
     def make_updates(self) -> None:
-        """Makes the optimizers and what belongs to each."""
-        updates = {}
+        """Makes the optimizers and what belongs to each; an instance given stays as it is where that fails."""
+        given = [group for name in self._given for group in self._named[name].param_groups]
+        before = [dict(group) for group in given]
+        try:
+            self.updates = self._made_updates()
+        except BaseException:
+            for group, settings in zip(given, before, strict=True):
+                group.clear()
+                group.update(settings)
+            raise
+        for name in self._given:
+            _follow_dtypes(self._named[name])
+
+    def _made_updates(self) -> dict[str, Update]:
+        updates: dict[str, Update] = {}
         for name, make in self._makers.items():
             optimizer = make(self.module, self._parameters_for(name))
             parameters = tuple(parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -153,7 +184,7 @@ class Compiled:
                     f"{type(optimizer).__name__} evaluates the loss several times a step, which does not go with "
                     f"{what}. Give another optimizer, or precision='bf16' or '32'."
                 )
-        self.updates = updates
+        return updates
 
     def _fitting(self, lr: Mapping[str, float], name: str) -> dict[str, float]:
         """Those rates by patterns, of rates for several optimizers, that are for parameters of this one."""
@@ -182,7 +213,8 @@ class Compiled:
 
     def _warn_of_lost_eps(self, optimizer: torch.optim.Optimizer) -> None:
         eps = optimizer.defaults.get("eps")
-        if self.precision.weights is torch.float16 and eps and float(torch.tensor(eps).half()) == 0.0:
+        is_number = isinstance(eps, Real) and eps > 0
+        if self.precision.weights is torch.float16 and is_number and float(torch.tensor(eps).half()) == 0.0:
             warnings.warn(
                 f"{type(optimizer).__name__} divides by a number plus eps={eps:g}, which float16 rounds to 0: the "
                 f"weights may become NaN. Give functools.partial(torch.optim.{type(optimizer).__name__}, eps=1e-4), or "
@@ -196,6 +228,15 @@ class Compiled:
         if name in self._given:
             return []
         return optimizers.named_parameters(self.module, name)
+
+
+def _follow_dtypes(optimizer: torch.optim.Optimizer) -> None:
+    """States of an optimizer that has stepped, in the dtype that its parameters have by now."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            is_like = isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
+            if is_like and key != "step":
+                state[key] = value.to(parameter.dtype)
 
 
 def _for_each(named: dict[str, Any], given: Any, argument: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .computation import Compute
 from .losses import Loss, OwnLoss, SumOfLosses
+from .memory import is_out_of_memory
 from .structures import leaves, map_structure
 
 # Modes in which outputs live in memory that the next call writes to.
@@ -32,7 +34,11 @@ class Jitted:
     def __init__(self, compute: Compute, loss: Loss | SumOfLosses | OwnLoss, mode: bool | str) -> None:
         self.compute, self.loss = compute, loss
         self.copies = mode in CUDA_GRAPH_MODES and torch.cuda.is_available()
-        self.compiled = torch.compile(compute, fullgraph=True, mode=None if mode is True else mode)
+        # With code of its own: torch counts recompilations by code, and would give up on the fifth model of a process.
+        own = types.FunctionType(
+            compute.__code__.replace(), compute.__globals__, compute.__name__, closure=compute.__closure__
+        )
+        self.compiled = torch.compile(own, fullgraph=True, mode=None if mode is True else mode)
         self._largest: dict[tuple, tuple[int, int]] = {}  # and how many shorter ones came since, in a row
 
     def __call__(self, x: Any, *others: Any) -> tuple:
@@ -41,13 +47,15 @@ class Jitted:
         try:
             result = self.compiled(x, *others)
         except Exception as error:
-            # A mistake of the user's raises here again, as it would without `jit`.
-            result = self.compute(x, *others)
-            self.compiled = None
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            warnings.warn(f"jit: going on without it, torch.compile failed: {reason}", stacklevel=2)
-            return result
-        return map_structure(_copied, result) if self.copies else result
+            if is_out_of_memory(error):
+                raise
+            reason = _reason(error)
+        else:
+            return map_structure(_copied, result) if self.copies else result
+        result = self.compute(x, *others)  # raises what is the user's own mistake, as it would without `jit`
+        self.compiled = None
+        warnings.warn(f"jit: going on without it, torch.compile failed: {reason}", stacklevel=2)
+        return result
 
     def _is_short(self, x: Any) -> bool:
         shapes = [leaf.shape for leaf in leaves(x) if isinstance(leaf, Tensor)]
@@ -62,6 +70,13 @@ def refuse_unknown_mode(jit: Any) -> None:
     """`jit` must be a bool or a mode of `torch.compile`."""
     if jit is not False and jit not in MODES:
         raise ValueError(f"jit={jit!r} is not a mode of torch.compile. Give True or one of {', '.join(MODES[1:])}.")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says something, of the error that torch's own one came from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _copied(leaf: Any) -> Any:

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from .step import (
     open_windows,
     optimizer_step,
 )
-from .structures import map_structure
+from .structures import leaves, map_structure
 
 
 def fit(
@@ -64,7 +64,7 @@ def fit(
                 if not interruption.requested:
                     _say_that_data_ended(epoch, history)
                 break
-            logs = training.tracker.result() | training.rates
+            logs = training.tracker.result() | {name: float(rate) for name, rate in training.rates.items()}
             if validate is not None and is_validated(epoch) and not interruption.requested:
                 logs |= _validation_logs(hooks, validate, interruption)
             move_schedules(training, logs)
@@ -109,6 +109,13 @@ def train_epoch(model: Any, training: Recipe, step: Callable, batches: Iterable,
         interruption.requested = True
     close_windows(training)
     return index + 1
+
+
+def _without_objects(output: Any) -> Any:
+    """An output by name without what is no tensor, such as the caches that Transformers' language models return."""
+    if not isinstance(output, Mapping):
+        return output
+    return {name: part for name, part in output.items() if all(isinstance(leaf, torch.Tensor) for leaf in leaves(part))}
 
 
 def _validation_logs(hooks: SimpleNamespace, validate: Callable, interruption: SimpleNamespace) -> dict[str, Any]:
@@ -166,9 +173,8 @@ def predict(module: torch.nn.Module, network: Callable, hooks: Any, batches: Ite
     for index, (x, _, _) in enumerate(batches):
         for hook in hooks.on_predict_batch_begin:
             hook(index, {})
-        outputs.append(
-            map_structure(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, forward(network, x))
-        )
+        output = _without_objects(forward(network, x))
+        outputs.append(map_structure(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, output))
         for hook in hooks.on_predict_batch_end:
             hook(index, {"outputs": outputs[-1]})
     for hook in hooks.on_predict_end:

@@ -180,9 +180,13 @@ class Loss:
         self.threshold = 0.5 if is_known else 0.0
         self.is_unchecked, self._known_targets, self.has_warned = True, (), False
         self._may_be_masked, self.layout, self.is_gathered = True, Layout(), False
+        self.unreduce()
+
+    def unreduce(self) -> None:
+        """Makes the module that returns a loss for each sample; again where the module has been replaced."""
         self._unreduced: nn.Module | None = None
-        if isinstance(function, nn.Module) and hasattr(function, "reduction"):
-            self._unreduced = copy.copy(function)  # which shares its tensors
+        if isinstance(self.function, nn.Module) and hasattr(self.function, "reduction"):
+            self._unreduced = copy.copy(self.function)  # which shares its tensors
             self._unreduced.reduction = "none"
 
     @property
@@ -192,10 +196,14 @@ class Loss:
             return self.function.weight if self.function.reduction == "mean" else None
         return self._class_weights
 
-    def expect(self, *targets: Tensor | None) -> None:
-        """Checks again at the next call, on it and on all `targets`, those of the whole run where they are known."""
+    def expect(self, *targets: Tensor | None, beside: bool = False) -> None:
+        """Checks again at the next call, on it and on all `targets`, those of the whole run where they are known.
+
+        With `beside`, what was found in the targets of the run that goes on stays in mind.
+        """
         self.is_unchecked, self._known_targets = True, tuple(known for known in targets if known is not None)
-        self._may_be_masked = not targets or len(self._known_targets) < len(targets)
+        may_be_masked = not targets or len(self._known_targets) < len(targets)
+        self._may_be_masked = may_be_masked or (beside and self._may_be_masked)
 
     def __call__(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """The mean loss, a scalar.
@@ -338,9 +346,10 @@ class SumOfLosses:
     def is_unchecked(self) -> bool:
         return any(loss.is_unchecked for loss in self.parts.values())
 
-    def expect(self, *targets: Any) -> None:
+    def expect(self, *targets: Any, beside: bool = False) -> None:
         for name, loss in self.parts.items():
-            loss.expect(*(_part(known, self.keys[name], "targets") for known in targets if known is not None))
+            known = (None if one is None else _part(one, self.keys[name], "targets") for one in targets)
+            loss.expect(*known, beside=beside)
 
     def __call__(self, output: Any, target: Any, weight: Any = None) -> Tensor:
         """The weighted sum, a scalar; `latest` has the parts."""
@@ -394,9 +403,10 @@ class OwnLoss:
         self._skipped_tokens = 1 if getattr(module, "loss_type", None) == "ForCausalLM" else 0
         self._looks = 3  # into as many graphs, at most: each makes the host wait
         self.latest: dict[str, Tensor] = {}
+        self._terms: list[str] | None = None  # known from the first output
         self.is_gathered = False
 
-    def expect(self, *targets: Any) -> None:
+    def expect(self, *targets: Any, beside: bool = False) -> None:
         """Nothing to check: only the module knows its targets."""
 
     def __call__(self, output: Any, target: Any = None, weight: Any = None) -> Tensor:
@@ -422,14 +432,17 @@ class OwnLoss:
                 f"scalar or something with a scalar .loss, give compile a loss, or override compute_loss."
             )
         if isinstance(output, Mapping):
-            self.latest = {
-                str(name): part.detach()
-                for name, part in output.items()
-                if name != "loss" and isinstance(part, Tensor) and part.ndim == 0
-            }
+            self._keep_terms(output)
         if self._looks and loss.grad_fn is not None:
             self._learn(loss, target)
-        return loss
+        return loss if loss.element_size() >= 4 else loss.float()
+
+    def _keep_terms(self, output: Mapping) -> None:
+        if self._terms is None:
+            scalars = (name for name, part in output.items() if isinstance(part, Tensor) and part.ndim == 0)
+            self._terms = [name for name in scalars if name != "loss"]
+        if self._terms:
+            self.latest = {str(name): output[name].detach() for name in self._terms if name in output}
 
     @property
     def needs_graph(self) -> bool:
@@ -510,11 +523,17 @@ def parts_of(loss: Loss | SumOfLosses | OwnLoss) -> list[Loss]:
     return [loss] if isinstance(loss, Loss) else []
 
 
-def place(loss: Loss | SumOfLosses | OwnLoss, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    """Moves what losses have of tensors (`nn.CrossEntropyLoss(weight=...)`) to the device, in place, and to a dtype."""
+def place(loss: Loss | SumOfLosses | OwnLoss, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Moves what losses have of tensors (`nn.CrossEntropyLoss(weight=...)`) to the device, in place.
+
+    With a dtype, a copy of the module is taken: the user's stays as it is.
+    """
     for part in parts_of(loss):
         if isinstance(part.function, nn.Module):
-            part.function.to(device, dtype)
+            part.function = (
+                part.function.to(device) if dtype is None else copy.deepcopy(part.function).to(device, dtype)
+            )
+            part.unreduce()
 
 
 def _one(loss: Any) -> Loss:

@@ -6,7 +6,6 @@ exception that no library can avoid: BatchNorm normalizes by the statistics of t
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .accumulation import Window
+from .memory import free_memory, is_out_of_memory
 from .step import Batch, Recipe, samples_in
 from .structures import map_structure
 
@@ -73,8 +73,11 @@ class PiecewiseStep:
             window.backward(shares, piece_samples / samples, recipe.backward)
             for hook in recipe.hooks.on_after_backward:
                 hook()
-            # Without the graph, whose nodes may hold more than torch frees after a backward pass.
-            values, output = recipe.tracker.values_of(loss.detach()), map_structure(_detached, output)
+            # Without the graph, whose nodes may hold more than torch frees after a backward pass; and of outputs that
+            # nobody will measure, the shape alone.
+            values = recipe.tracker.values_of(loss.detach())
+            output = map_structure(_detached if recipe.tracker.measures else _shape_alone, output)
+            del loss, shares
             yield values, output, target, piece_samples, weight
 
     def _say(self, size: int, reason: str) -> None:
@@ -95,6 +98,7 @@ class _State:
         self.gradients = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
+        self.tracker, self.logged = recipe.tracker, recipe.tracker.logged
         self.buffers = [(buffer, buffer.clone()) for buffer in recipe.module.buffers()]
         self.device = recipe.device
         self.random = torch.get_rng_state()
@@ -111,6 +115,7 @@ class _State:
             parameter.grad = gradient
         for buffer, before in self.buffers:
             buffer.copy_(before)
+        self.tracker.logged = self.logged
         torch.set_rng_state(self.random)
         if self._has_own_random:
             torch.get_device_module(self.device).set_rng_state(self.device_random)
@@ -135,21 +140,9 @@ def pieces(batch: Batch, size: int) -> Iterator[Batch]:
         yield tuple(map_structure(cut, part) for part in batch)
 
 
+def _shape_alone(leaf: Any) -> Any:
+    return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
+
+
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    # The CPU's allocator and some libraries of CUDA raise plain RuntimeErrors.
-    known = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in known)
-
-
-def free_memory(device: torch.device) -> None:
-    """Gives back what nobody refers to any more."""
-    gc.collect()
-    if device.type != "cpu":
-        torch.get_device_module(device).empty_cache()

@@ -1,6 +1,6 @@
 """Model: Keras's verbs for any `torch.nn.Module`, what they remember, and the checks of their arguments.
 
-No loop and no maths: `fit` goes on in `loop.fit`, a step in `step.train_step`, the data in `data.open_data`.
+No loop and no maths: `fit` goes on in `loop.fit`, a step in `step.forward_backward`, the data in `data.open_data`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from .step import (
     forward_backward,
     open_windows,
     optimizer_step,
+    rate_of,
     samples_in,
 )
 from .structures import join, leaves, map_structure
@@ -80,7 +81,7 @@ class Model:
         self.epochs_trained = 0
         self._compiled: Compiled | None = None
         self._frozen: list[nn.Module] = []
-        self._own_dtype: torch.dtype | None = None  # the module's, where a precision has changed it
+        self._own_dtypes: dict[str, torch.dtype] | None = None  # the module's, where a precision has changed them
         self._training_tracker: Tracker | None = None
         self._evaluation_tracker: Tracker | None = None
         self._running: Recipe | None = None
@@ -152,6 +153,8 @@ class Model:
         chosen_metrics = named_metrics.get(metrics, None if compiled.has_own_loss else compiled.loss, weighted_metrics)
         # A lazy module has no parameters yet, and a module without any can still be evaluated.
         waits = _is_lazy(self.module) or not any(True for _ in self.module.parameters())
+        if self._compiled is not None:
+            self._compiled.leave(compiled.given)
         self._cast(compiled.precision)
         try:
             if not waits:
@@ -190,8 +193,20 @@ class Model:
         return self
 
     def unfreeze(self, *patterns: str) -> Model:
-        """Trains parameters (again); arguments and result as in `freeze`. They are in the optimizer already."""
+        """Trains parameters (again); arguments and result as in `freeze`.
+
+        An optimizer that `compile` made has them already.
+
+        Raises:
+            ValueError: a pattern that fits nothing, or parameters that an optimizer of your own does not have.
+        """
         found = parameters_of(self.module, patterns, "unfreeze").values()
+        trained = {id(one) for update in self.updates.values() for one in update.in_groups()}
+        if trained and not all(id(parameter) in trained for parameter in found):
+            raise ValueError(
+                f"unfreeze was given {', '.join(map(repr, patterns))}, but the optimizer was made without these "
+                f"parameters and would never train them. Make it from all of module.parameters()."
+            )
         for parameter in found:
             parameter.requires_grad_(True)
         thawed = norms_inside(self.module, found, patterns)
@@ -279,13 +294,15 @@ class Model:
         params = {"verbose": verbose, "epochs": epochs, "steps": batches}
         training_data = self._with_optimizer(training_data)
         self._refuse_unknown_monitors(callbacks, validation is not None)
+        checks.refuse_two_averages(callbacks)
         hooks = self._hooks(callbacks, verbose, params)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
         training = self._training_recipe(self._training_tracker, hooks, accumulate, batches, microbatch)
         step = self._step(training, accumulate, microbatch)
         self._expect(training_data, validation)
-        self._begin_schedules(self._pieces_in(training_data, batches), accumulate, epochs, initial_epoch)
+        pieces = self._pieces_in(training_data, batches)
         with self._run(training, step, training_data):
+            self._begin_schedules(training, pieces, accumulate, epochs, initial_epoch)
             self.history, self.stop_training = History(params), False
             self.epochs_trained = max(self.epochs_trained, initial_epoch)
             history = loop.fit(
@@ -496,6 +513,8 @@ class Model:
         Args:
             schedule: As in `compile`, but none over the run's length; `None` = the rate stays where it is.
         """
+        if self._running is None:
+            raise RuntimeError("change_schedule was called outside of fit. Give compile the schedule.")
         self._compiled.change_schedule(schedule)
 
     def training_batches(self) -> Iterator[tuple]:
@@ -670,11 +689,12 @@ class Model:
 
     def _cast(self, precision: Any) -> None:
         """Gives the module the dtype of a precision, or its own again."""
-        dtype = precision.weights or self._own_dtype
-        if dtype is not None and dtype != _dtype_of(self.module):
-            if self._own_dtype is None:
-                self._own_dtype = _dtype_of(self.module)
-            precisions.cast(self.module, dtype)
+        if precision.weights is not None:
+            self._own_dtypes = self._own_dtypes or precisions.dtypes_of(self.module)
+            precisions.cast(self.module, precision.weights)
+        elif self._own_dtypes is not None:
+            precisions.cast_back(self.module, self._own_dtypes)
+            self._own_dtypes = None
 
     def _recipe(self, tracker: Tracker, hooks: Any) -> Recipe:
         compiled = self._compiled
@@ -707,13 +727,16 @@ class Model:
             return closure_step
         return forward_backward if microbatch is None else PiecewiseStep(microbatch)
 
-    def _begin_schedules(self, batches: int | None, accumulate: Any, epochs: int, initial_epoch: int) -> None:
+    def _begin_schedules(
+        self, training: Recipe, batches: int | None, accumulate: Any, epochs: int, initial_epoch: int
+    ) -> None:
         """Starts the schedules of a run, over as many optimizer steps as it will have."""
         in_epoch = [batches and -(-batches // checks.size_at(accumulate, epoch)) for epoch in range(epochs)]
         total = sum(in_epoch) if batches else None
         for update in self._compiled.updates.values():
             if update.schedule is not None:
                 update.schedule.begin(total, sum(in_epoch[:initial_epoch]) if batches else 0)
+                training.rates[update.rate_name] = rate_of(update.optimizer)
 
     def _pieces_in(self, opened: Data, batches: int | None) -> int | None:
         """Batches in an epoch; with truncated backpropagation the pieces of them, where that is known."""
@@ -761,7 +784,8 @@ class Model:
     def _expect(self, *data: Data | None) -> None:
         """Has loss and metrics checked on the next batch, and the loss on all the targets that are in memory."""
         self._training_tracker.expect()
-        self._compiled.loss.expect(*(opened.targets for opened in data if opened is not None))
+        targets = (opened.targets for opened in data if opened is not None)
+        self._compiled.loss.expect(*targets, beside=self._running is not None)
 
     def _refuse_unknown_monitors(self, callbacks: list[Any], is_validated: bool) -> None:
         if self._overrides("train_step") or self._overrides("compute_loss") or self._compiled.has_own_loss:
@@ -791,19 +815,25 @@ class Model:
     @contextmanager
     def _run(self, training: Recipe, step: Callable, data: Data) -> Iterator[None]:
         """Everything that holds while the module is trained."""
-        before = [(update, update.schedule) for update in training.updates.values()]
+        before = [(update, update.schedule, update.parked) for update in training.updates.values()]
+        is_nested = self._running is not None  # a batch that a callback trains on: the run around it goes on after it
+        gradients = [(parameter, parameter.grad if is_nested else None) for parameter in self.module.parameters()]
         self._drop_gradients()  # what a loop by hand before this one left there
         with self._computing(), self._as_before_unless_trained(training), self._shown(training):
-            outer = self._training_data, self._own_step  # of a fit, if this is a batch that a callback trains on
+            outer = self._training_data, self._own_step
             self._training_data, self._own_step = data, step if isinstance(step, OwnStep) else None
             try:
                 yield
             finally:
                 self._training_data, self._own_step = outer
-                for update, schedule in before:
+                for update, schedule, parked in before:
                     if update.scaled_step is not None:
                         update.scaled_step.settle()
-                    update.schedule, update.parked = schedule, None
+                    update.schedule, update.parked = schedule, parked if is_nested else None
+                if training.scaler is not None:
+                    precisions.forget_steps(training.scaler)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -826,10 +856,15 @@ class Model:
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         random_state = torch.get_rng_state()
         history, epochs_trained = self.history, self.epochs_trained
+        groups = [
+            (group, dict(group)) for update in training.updates.values() for group in update.optimizer.param_groups
+        ]
         try:
             yield
         except BaseException:
             if training.steps == 0:
+                for group, settings in groups:
+                    group.update({key: value for key, value in settings.items() if key != "params"})
                 with torch.no_grad():
                     for buffer, before in buffers:
                         buffer.copy_(before)

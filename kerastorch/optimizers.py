@@ -304,16 +304,18 @@ def _sgd_states(group: dict[str, Any]) -> tuple[str, ...]:
     return ("momentum_buffer",) if group["momentum"] else ()
 
 
-def _start_late_momenta(optimizer: torch.optim.SGD) -> None:
-    """Zeros as the momentum of a parameter that gets its first gradient later than others of its group.
+def _start_momenta(optimizer: torch.optim.SGD) -> None:
+    """Zeros as the momentum of a parameter that has none yet; without dampening that is what torch starts from.
 
-    torch's fused step takes momenta of all parameters or of none, and raises otherwise.
+    torch's fused step takes momenta of all parameters of a group or of none. And where loss scaling leaves its first
+    step out, it keeps the memory it has set aside for them, with whatever is in there.
     """
     for group in optimizer.param_groups:
         if group["fused"] and group["momentum"]:
-            states = [(p, optimizer.state[p]) for p in group["params"] if p.grad is not None]
-            late = [(p, state) for p, state in states if state.get("momentum_buffer") is None]
-            for parameter, state in late if len(late) < len(states) else ():
+            states = [(one, optimizer.state[one]) for one in group["params"] if one.grad is not None]
+            missing = [(one, state) for one, state in states if state.get("momentum_buffer") is None]
+            # With dampening, zeros for all would dampen the first step, which torch does not.
+            for parameter, state in missing if len(missing) < len(states) or not group["dampening"] else ():
                 state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
@@ -334,6 +336,6 @@ def _sgd_update(lists: _Lists, gradients: list[Tensor], group: dict[str, Any]) -
 
 Adam = _lean(torch.optim.Adam, _adam_states, _adam_update)
 AdamW = _lean(torch.optim.AdamW, _adam_states, _adam_update)
-SGD = _lean(torch.optim.SGD, _sgd_states, _sgd_update, _start_late_momenta)
+SGD = _lean(torch.optim.SGD, _sgd_states, _sgd_update, _start_momenta)
 
 LEAN = {torch.optim.Adam: Adam, torch.optim.AdamW: AdamW, torch.optim.SGD: SGD}

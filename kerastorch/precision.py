@@ -7,9 +7,9 @@ in less.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -102,6 +102,23 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
     module._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
+def dtypes_of(module: nn.Module) -> dict[str, torch.dtype]:
+    """The dtypes of all parameters and buffers, by name."""
+    return {name: tensor.dtype for name, tensor in _named_tensors(module)}
+
+
+def cast_back(module: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Gives parameters and buffers the dtypes back that they had, in place."""
+    for name, tensor in _named_tensors(module):
+        if tensor.is_floating_point() and name in dtypes:
+            tensor.data = tensor.data.to(dtypes[name])
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """The context in which operations choose the precision's dtype where that is safe."""
     return torch.autocast(device.type, dtype=precision.autocast, enabled=precision.autocast is not None)
@@ -132,7 +149,9 @@ def in_autocast(function: Callable, precision: Precision, device: torch.device) 
 
 def as_float32(tree: Any) -> Any:
     """float16 and bfloat16 tensors of `tree` as float32; an object that is no nesting of tensors stays as it is."""
-    return map_structure(lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in LOW else leaf, tree)
+    wide = map_structure(lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in LOW else leaf, tree)
+    # Transformers' outputs are mappings with attributes, which `forward` of a user's may look at.
+    return type(tree)(**wide) if isinstance(tree, Mapping) and is_dataclass(tree) else wide
 
 
 @contextmanager
@@ -152,6 +171,11 @@ def tf32_if(precision: Precision | None) -> Iterator[None]:
 def scaled_backward(scaler: torch.amp.GradScaler, loss: Tensor, retain_graph: bool | None = None) -> None:
     """`loss.backward`, with gradients large enough for fp16."""
     scaler.scale(loss).backward(retain_graph=retain_graph)
+
+
+def forget_steps(scaler: torch.amp.GradScaler) -> None:
+    """Lets the next run begin with `unscale_`, wherever an error has ended this one."""
+    scaler._per_optimizer_states.clear()
 
 
 class ScaledStep:

@@ -247,7 +247,7 @@ class Running:
         self.schedule = schedule
         self.optimizer = optimizer
         self._base = [_settings(group) for group in optimizer.param_groups]
-        self._monitor = schedule.monitor
+        self._monitor, self._watched = schedule.monitor, None
         self._length: int | None = None
         self._scheduler = None if schedule.restarts else self._made(None)
         self._left = math.inf if self._scheduler and schedule.every == "step" else 0
@@ -267,6 +267,7 @@ class Running:
             ValueError: the length is needed and not known, or torch cannot divide one so short.
         """
         if not self.schedule.restarts:
+            self._monitor = self.schedule.monitor  # whether there is a validation is another question in each run
             return
         length = self.schedule.steps or steps
         if length is None and self.schedule.needs_length:
@@ -301,6 +302,12 @@ class Running:
         elif (value := self._monitored(logs)) is not None:
             self._scheduler.step(value)
 
+    def reset(self) -> None:
+        """Rates and momenta as they were before any run, where the schedule goes over a run."""
+        if self.schedule.restarts:
+            _restore(self.optimizer, self._base)
+            self._scheduler, self._left = None, 0
+
     def rescale(self, rates: list[float]) -> None:
         """New base rates, one per parameter group, at once.
 
@@ -327,6 +334,7 @@ class Running:
             "base": [dict(settings) for settings in self._base],
             "now": [_settings(group) for group in self.optimizer.param_groups],
             "monitor": self._monitor,
+            "watched": self._watched,
             "length": self._length,
             "done": self._scheduler.last_epoch if restarts and self._scheduler else None,
             "scheduler": None if restarts else copy.deepcopy(self._scheduler.state_dict()),
@@ -345,7 +353,7 @@ class Running:
                 f"{name!r} over {groups}. Compile as it was when the state was saved."
             )
         self._base = [dict(settings) for settings in state["base"]]
-        self._monitor = state["monitor"]
+        self._monitor, self._watched = state["monitor"], state["watched"]
         if not self.schedule.restarts:
             # A copy, because some schedulers take entries out of what they load.
             self._scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
@@ -371,9 +379,12 @@ class Running:
     def _monitored(self, logs: Mapping[str, Any]) -> float | None:
         """What the plateau is looked for in; `None` where it waits for an epoch with validation."""
         if self._monitor is None and "val_loss" in logs:
-            # From here on, and from no best yet: losses of training and of validation do not compare.
-            self._monitor, self._scheduler.best = "val_loss", self._scheduler.mode_worse
+            self._monitor = "val_loss"  # from here on: losses of training and of validation do not compare
         name = self._monitor or "loss"
+        if self.schedule.monitor is None and name in logs and name != self._watched:
+            if self._watched is not None:  # and from no best yet
+                self._scheduler.best = self._scheduler.mode_worse
+            self._watched = name
         if name not in logs and not (name.startswith("val_") and not any(key.startswith("val_") for key in logs)):
             raise ValueError(
                 f"schedule={self.schedule.name!r} monitors {name!r}, but this epoch has {', '.join(logs)}. Give "

@@ -48,6 +48,10 @@ class Update:
     parked: Parked | None = None
     gradient_norm: Tensor | None = None
 
+    def in_groups(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer has."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
 
 @dataclass
 class Recipe:
@@ -66,7 +70,7 @@ class Recipe:
         size_of: Number of the epoch -> batches for each optimizer step.
         batches: Batches in an epoch; `None` = not known.
         gathers_pieces: Whether batches come in pieces, whose gradients are gathered too.
-        window: Gathers gradients in the running epoch; `None` where each batch makes a step.
+        window: Gathers gradients in the running epoch; `None` where each batch makes a step, or several optimizers do.
         frozen: Submodules that stay in eval mode.
         rates: Learning rates of the last step where something changes them, for the logs.
         steps: Optimizer steps taken so far in this run.
@@ -135,7 +139,7 @@ def optimizer_step(recipe: Recipe, update: Update) -> None:
     if update.clip is not None:
         update.gradient_norm = update.clip()
     if schedule is not None:
-        recipe.rates = recipe.rates | {update.rate_name: optimizer.param_groups[0]["lr"]}
+        recipe.rates = recipe.rates | {update.rate_name: rate_of(optimizer)}
     if update.scaled_step is not None:
         recipe.is_scale_due |= update.scaled_step(schedule)
     else:
@@ -149,6 +153,12 @@ def optimizer_step(recipe: Recipe, update: Update) -> None:
         parameter.grad = None
     if recipe.scaler is not None and len(recipe.updates) == 1:
         update_scale(recipe)
+
+
+def rate_of(optimizer: torch.optim.Optimizer) -> float | Tensor:
+    """The rate of now, of its first group."""
+    rate = optimizer.param_groups[0]["lr"]
+    return rate.clone() if isinstance(rate, Tensor) else rate  # a tensor is changed in place
 
 
 def update_scale(recipe: Recipe) -> None:
@@ -207,7 +217,7 @@ def closure_step(recipe: Recipe, batch: Batch) -> bool:
     for hook in hooks.on_before_optimizer_step:
         hook(update.optimizer)
     if update.schedule is not None:
-        recipe.rates = recipe.rates | {update.rate_name: update.optimizer.param_groups[0]["lr"]}
+        recipe.rates = recipe.rates | {update.rate_name: rate_of(update.optimizer)}
     update.optimizer.step(closure)
     if update.schedule is not None:
         update.schedule.after_step()

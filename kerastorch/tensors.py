@@ -204,7 +204,8 @@ def weighted(parts: Batch, table: torch.Tensor, dtype: torch.dtype) -> Batch:
     classes = (y.argmax(-1) if has_columns and (y.is_floating_point() or _is_one_hot(y)) else y).long()
     classes = classes.squeeze(-1) if classes.ndim > 1 and classes.shape[-1] == 1 else classes
     last = len(table) - 1
-    factor = table.to(y.device, dtype)[torch.where((classes < 0) | (classes > last), last, classes)]
+    table = table.to(y.device, torch.promote_types(dtype, torch.float32))
+    factor = table[torch.where((classes < 0) | (classes > last), last, classes)]
     if weight is None:
         return x, y, factor
     return x, y, factor * weight.reshape(weight.shape + (1,) * (factor.ndim - weight.ndim))

@@ -45,6 +45,7 @@ class Tracker:
         for _, metric in self.stateful:
             if hasattr(metric.metric, "to"):
                 metric.metric.to(device)
+        self.measures = bool(metrics)
         self.expect()
         self.reset()
 
@@ -66,7 +67,7 @@ class Tracker:
         self.samples = 0
         # Never changed in place, only replaced: logs handed out earlier go on reading the state of their own moment.
         self._sums: tuple[Sums, ...] | None = None
-        self._logged: dict[str, Sums] = {}
+        self.logged: dict[str, Sums] = {}
         self._pending: list[tuple] = []
         self._shape, self._batch_samples, self._capacity = None, 0, 1
         for _, metric in self.stateful:
@@ -90,7 +91,7 @@ class Tracker:
             self._shape, self._batch_samples = shape, samples
             self._capacity = self._capacity_for(output)
         self.samples += samples
-        if self._has_latest or isinstance(loss, tuple):
+        if isinstance(loss, tuple) or (self._has_latest and self.loss.latest):
             loss, terms = loss if isinstance(loss, tuple) else self.values_of(loss)
             for name, term in terms.items():
                 self.log(name, term, samples)
@@ -108,8 +109,8 @@ class Tracker:
     def log(self, name: str, value: Tensor | float, samples: int) -> None:
         """Takes in a value of one's own: the mean of `samples` samples."""
         value = value.detach().to(self.dtype) if isinstance(value, Tensor) else value
-        total, count = self._logged.get(name, (0.0, 0))
-        self._logged = self._logged | {name: (total + value * samples, count + samples)}
+        total, count = self.logged.get(name, (0.0, 0))
+        self.logged = self.logged | {name: (total + value * samples, count + samples)}
 
     def _capacity_for(self, output: Any) -> int:
         if self._shape is None or not self.joins or output.ndim == 0:
@@ -119,7 +120,7 @@ class Tracker:
     def logs(self, others: dict[str, Any]) -> Logs:
         """The means so far, read from the device when somebody looks, and `others` behind them."""
         sums, pending, number, samples = self._sums, self._pending, len(self._pending), self._batch_samples
-        logged = self._logged
+        logged = self.logged
 
         def read() -> dict[str, float]:
             if self._pending is pending and len(pending) == number:
@@ -132,7 +133,7 @@ class Tracker:
     def result(self) -> dict[str, Any]:
         """The means of everything added since `reset`: the one read of an epoch."""
         self._flush()
-        return self._read(self._sums, self._logged)
+        return self._read(self._sums, self.logged)
 
     @torch.no_grad()
     def _flush(self) -> None:
@@ -164,7 +165,7 @@ class Tracker:
         return [_loss_sum(self.loss, losses, pending[0][1], [target for _, _, target, _ in pending], samples)]
 
     def _read(self, sums: tuple[Sums, ...] | None, logged: dict[str, Sums]) -> dict[str, Any]:
-        own = {name: float(total) / count for name, (total, count) in logged.items()}
+        own = _means(logged)
         if sums is None:
             return own
         totals = torch.stack([total for total, _ in sums]).tolist()
@@ -182,6 +183,13 @@ class Tracker:
         for _, metric in self.stateful:
             measured.update(metric.result())
         return values | own | _in_order(measured, self.names)
+
+
+def _means(logged: dict[str, Sums]) -> dict[str, float]:
+    """Means of what was logged, in one read from the device."""
+    on_device = {name: total.reshape(()) for name, (total, _) in logged.items() if isinstance(total, Tensor)}
+    read = dict(zip(on_device, torch.stack([*on_device.values()]).tolist(), strict=True)) if on_device else {}
+    return {name: read.get(name, total) / count for name, (total, count) in logged.items()}
 
 
 def _loss_sum(loss: Any, losses: Tensor, output: Tensor, targets: list[Tensor], samples: int) -> Sums:

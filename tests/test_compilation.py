@@ -363,7 +363,8 @@ def test_an_eps_that_float16_rounds_to_zero_is_said(classifier):
 def test_class_weights_of_a_loss_follow_the_precision(classifier, digits):
     loss = nn.CrossEntropyLoss(weight=torch.rand(10))
     model = kt.Model(classifier, backend="cpu").compile("sgd", loss, precision="64")
-    expected = F.cross_entropy(model(digits[0]), digits[1], weight=loss.weight)
+    expected = F.cross_entropy(model(digits[0]), digits[1], weight=loss.weight.double())
+    assert loss.weight.dtype == torch.float32  # the user's own stays as it is
     assert model.evaluate(*digits, verbose=0) == pytest.approx(expected.item(), abs=1e-12)
 
 

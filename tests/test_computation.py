@@ -371,6 +371,28 @@ def test_a_compute_loss_over_several_outputs_is_the_loss_that_is_logged(digits, 
     assert model.fit(x, targets, verbose=0).history == expected
 
 
+@pytest.mark.parametrize("options", [{"accumulate": 4}, {"microbatch": 5}], ids=str)
+def test_a_term_beside_several_outputs_is_in_the_gradient_once(digits, options):
+    """One output is a mean over targets of which some are masked, the other one over the samples."""
+    x, y = digits[0].double(), digits[1].clone()
+    y[:40:2] = -100
+    targets = {"digit": y, "size": x.sum(1, keepdim=True)}
+
+    class Regularized(kt.Model):
+        def compute_loss(self, batch):
+            return super().compute_loss(batch) + 0.1 * self.module.size.weight.square().sum()
+
+    losses = {"digit": "cross_entropy", "size": ("mse", 0.5)}
+    small = Heads().double()
+    large = copy.deepcopy(small)
+    for net, more in ((small, options), (large, {})):
+        model = Regularized(net, backend="cpu").compile("sgd", losses, lr=0.01)
+        size = 16 if "accumulate" in more else 64
+        model.fit(x, targets, batch_size=size, shuffle=False, verbose=0, **more)
+    for ours, theirs in zip(small.parameters(), large.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
 def test_compute_loss_runs_in_the_precision_compiled(digits):
     x, y = digits
     dtypes = []

@@ -152,3 +152,25 @@ def test_a_size_that_stays_is_compiled_even_if_it_is_smaller(digits, traced) -> 
     assert len(traced) == 1
     model.fit([(x[:20], y[:20])] * 6, verbose=0)
     assert len(traced) == 2
+
+
+def test_as_many_models_are_compiled_as_there_are(digits, traced) -> None:
+    """torch gives up on code that it has compiled eight times."""
+    for width in range(3, 10):
+        net = nn.Sequential(nn.Linear(64, width), nn.Linear(width, 10))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="jit")
+            fitted(net, digits, True)
+    assert len(traced) == 2 * 7
+
+
+def test_out_of_memory_is_not_taken_for_a_failure_of_the_compiler(digits, monkeypatch) -> None:
+    model, _ = fitted(nn.Linear(64, 10), digits, True)
+    jitted = model._compiled.plain
+
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(jitted, "compiled", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.fit(*digits, verbose=0)

@@ -444,3 +444,225 @@ def test_memory_stays_flat_over_many_fits_and_predictions(model, digits):
     for _ in range(20):
         use()
     assert live_tensors() <= before + 2
+
+
+# What goes on in a run, or went on before it, leaves no trace in it.
+
+
+def masked(digits):
+    x, y = digits[0].double(), digits[1].clone()
+    y[torch.arange(len(y)) % 7 > 2] = -100
+    y[:40] = -100
+    y[3] = 1
+    return x, y
+
+
+def close(first, second) -> bool:
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in pairs)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "test_on_batch", "predict"])
+def test_what_a_callback_measures_leaves_masks_and_windows_as_they_are(classifier, digits, verb):
+    class Measures(kt.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if verb == "predict":
+                self.model.predict(digits[0][:20].double(), verbose=0)
+            else:
+                options = {"verbose": 0} if verb == "evaluate" else {}
+                getattr(self.model, verb)(digits[0][:20].double(), digits[1][:20], **options)
+
+    nets = [classifier.double(), copy.deepcopy(classifier).double()]
+    for net, callbacks in zip(nets, ([Measures()], []), strict=True):
+        model = kt.Model(net, backend="cpu").compile("sgd", "cross_entropy", lr=0.5)
+        model.fit(*masked(digits), batch_size=10, accumulate=4, epochs=2, callbacks=callbacks, verbose=0)
+    assert close(*nets)
+
+
+def test_a_batch_that_a_callback_trains_on_leaves_the_open_window_as_it_is(digits):
+    """At a rate of 0 it changes nothing but what it must not."""
+
+    class Trains(kt.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            group = self.model.optimizer.param_groups[0]
+            rate, group["lr"] = group["lr"], 0.0
+            self.model.train_on_batch(digits[0][:20].double(), digits[1][:20])
+            group["lr"] = rate
+
+    net = nn.Linear(64, 10).double()
+    nets = [net, copy.deepcopy(net)]
+    for one, callbacks in zip(nets, ([Trains()], []), strict=True):
+        model = kt.Model(one, backend="cpu").compile("sgd", "cross_entropy", lr=0.5)
+        model.fit(*masked(digits), batch_size=10, accumulate=4, callbacks=callbacks, verbose=0)
+    assert close(*nets)
+
+
+def test_gradients_left_by_a_loop_by_hand_are_not_used(classifier, digits):
+    twin = copy.deepcopy(classifier)
+    F.cross_entropy(classifier(digits[0]), digits[1]).backward()
+    for net in (classifier, twin):
+        kt.Model(net, backend="cpu").compile("sgd", "cross_entropy", lr=0.5).fit(*digits, verbose=0)
+    assert reference.same_weights(classifier, twin)
+
+
+def test_an_error_in_an_fp16_step_leaves_the_scaler_usable(classifier, digits):
+    class Fails(kt.Callback):
+        def on_before_optimizer_step(self, optimizer):
+            raise RuntimeError("mine")
+
+    model = kt.Model(classifier, backend="cpu").compile("sgd", "cross_entropy", precision="16")
+    with pytest.raises(RuntimeError, match="mine"):
+        model.fit(*digits, callbacks=[Fails()], verbose=0)
+    assert len(model.fit(*digits, epochs=2, verbose=0).epoch) == 2
+
+
+def test_a_first_step_that_overflows_starts_momentum_at_zero(classifier, digits):
+    """torch's fused step would leave in it what its memory held before."""
+    garbage = [torch.full((size,), 1e30) for size in (1024, 160, 16, 10) for _ in range(64)]
+    del garbage
+    model = kt.Model(classifier, backend="cpu").compile(
+        functools.partial(torch.optim.SGD, momentum=0.9),
+        lambda output, y: 1e6 * F.cross_entropy(output, y),
+        lr=1e-9,
+        precision="16",
+    )
+    model.fit(*digits, batch_size=150, verbose=0)
+    assert model.skipped_steps == 1
+    states = [state["momentum_buffer"] for state in model.optimizer.state.values()]
+    assert states and not any(state.any() for state in states)
+
+
+def test_an_optimizer_that_has_stepped_follows_the_precision(classifier, digits):
+    optimizer = torch.optim.Adam(classifier.parameters())
+    model = kt.Model(classifier, backend="cpu")
+    for precision, dtype in (
+        ("32", torch.float32),
+        ("64", torch.float64),
+        ("bf16-true", torch.bfloat16),
+        ("32", torch.float32),
+    ):
+        model.compile(optimizer, "cross_entropy", precision=precision).fit(*digits, verbose=0)
+        assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {dtype}
+
+
+def test_modules_of_several_dtypes_get_each_its_own_back():
+    net = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.Linear(4, 2))
+    before = copy.deepcopy(net)
+    model = kt.Model(net, backend="cpu").compile("sgd", "mse", precision="64")
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float64}
+    model.compile("sgd", "mse")
+    assert reference.same_weights(net, before)
+    assert [parameter.dtype for parameter in net.parameters()] == [parameter.dtype for parameter in before.parameters()]
+
+
+def test_a_second_compile_with_the_same_instance_starts_from_its_own_rate(classifier, digits):
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1)
+    model, rates = kt.Model(classifier, backend="cpu"), []
+    for _ in range(3):
+        model.compile(optimizer, "cross_entropy", schedule="cosine")
+        rates.append(model.fit(*digits, epochs=2, verbose=0).history["lr"])
+    assert rates[0] == rates[1] == rates[2]
+
+
+def test_a_compile_that_is_refused_leaves_loss_and_optimizer_as_they_are(classifier):
+    optimizer, loss = torch.optim.SGD(classifier.parameters(), lr=0.1), nn.CrossEntropyLoss(weight=torch.ones(10))
+    with pytest.raises(TypeError):
+        kt.Model(classifier, backend="cpu").compile(optimizer, loss, lr=0.5, schedule=lambda one: 3, precision="64")
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert loss.weight.dtype == classifier[0].weight.dtype == torch.float32
+
+
+def test_a_run_that_is_refused_leaves_the_rate_as_it_is(classifier, digits):
+    model = kt.Model(classifier, backend="cpu").compile("sgd", "cross_entropy", lr=0.1)
+    model.compile("sgd", "cross_entropy", lr=0.1, schedule=kt.schedules.cosine(warmup=3))
+    with pytest.raises(ValueError, match="class indices"):
+        model.fit(digits[0], digits[1] + 5, verbose=0)
+    assert model.optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_plateau_is_found_in_a_run_without_validation_after_one_with_it(classifier, digits):
+    flat = kt.schedules.plateau(patience=0, threshold=10.0, threshold_mode="abs", factor=0.5)
+    model = kt.Model(classifier, backend="cpu").compile("sgd", "cross_entropy", lr=0.1, schedule=flat)
+    model.fit(*digits, epochs=2, validation_split=0.2, verbose=0)
+    rates = model.fit(*digits, epochs=4, verbose=0).history["lr"]
+    assert rates[-1] < rates[0]
+
+
+def test_rates_in_tensors_are_logged_as_they_were(classifier, digits):
+    model = kt.Model(classifier, backend="cpu").compile(
+        lambda parameters: torch.optim.Adam(parameters, lr=torch.tensor(0.1)), "cross_entropy", schedule="linear"
+    )
+    rates = model.fit(*digits, epochs=3, verbose=0).history["lr"]
+    assert all(type(rate) is float for rate in rates)
+    assert rates == pytest.approx([0.1 * (1 - step / 15) for step in (4, 9, 14)], rel=1e-5)
+
+
+def test_the_rate_is_in_the_logs_from_the_first_batch_on(classifier, digits):
+    seen = []
+
+    class Looks(kt.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(logs["lr"])
+
+    model = kt.Model(classifier, backend="cpu").compile("sgd", "cross_entropy", lr=0.1, schedule="cosine")
+    model.fit(*digits, accumulate=3, callbacks=[Looks()], verbose=0)
+    assert seen[:2] == [0.1, 0.1]
+
+
+def test_a_schedule_over_a_run_cannot_be_changed_to_within_it(classifier, digits):
+    class Changes(kt.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.change_schedule("cosine")
+
+    model = kt.Model(classifier, backend="cpu").compile("sgd", "cross_entropy")
+    with pytest.raises(RuntimeError, match="change_schedule was called outside of fit"):
+        model.change_schedule(None)
+    with pytest.raises(ValueError, match="change_schedule was given 'cosine', which goes over a whole run"):
+        model.fit(*digits, callbacks=[Changes()], verbose=0)
+
+
+def test_parameters_that_the_optimizer_does_not_have_cannot_be_unfrozen(classifier):
+    classifier[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(classifier[2].parameters(), lr=0.1)
+    model = kt.Model(classifier, backend="cpu").compile(optimizer, "cross_entropy")
+    with pytest.raises(ValueError, match="unfreeze was given '0', but the optimizer was made without these"):
+        model.unfreeze("0")
+
+
+def test_class_weights_are_no_half_precision(classifier, digits):
+    model = kt.Model(classifier, backend="cpu").compile("sgd", "cross_entropy", lr=0.0, precision="16-true")
+    x, y = digits
+    heavy = model.fit(x, y, class_weight={0: 1e5}, verbose=0).history["loss"]
+    same = model.fit(x, y, sample_weight=torch.where(y == 0, 1e5, 1.0), verbose=0).history["loss"]
+    assert heavy == pytest.approx(same)
+
+
+def test_adafactor_whose_eps_are_two_is_made_in_half_precision(classifier):
+    kt.Model(classifier, backend="cpu").compile("adafactor", "cross_entropy", precision="16-true")
+
+
+def test_a_loss_in_an_object_is_float32_in_half_precision(digits):
+    class Result:
+        def __init__(self, loss):
+            self.loss = loss
+
+    class Net(nn.Linear):
+        def forward(self, x, y):
+            return Result(F.cross_entropy(super().forward(x), y))
+
+    losses = []
+
+    class Sees(kt.Callback):
+        def on_before_backward(self, loss):
+            losses.append(loss.dtype)
+
+    model = kt.Model(Net(64, 10), backend="cpu").compile("sgd", precision="bf16-true")
+    model.fit(*digits, callbacks=[Sees()], verbose=0)
+    assert set(losses) == {torch.float32}
+
+
+def test_two_averages_cannot_both_be_left_in_the_module(classifier, digits):
+    model = kt.Model(classifier, backend="cpu").compile("sgd", "cross_entropy")
+    both = [kt.callbacks.EMA(), kt.callbacks.StochasticWeightAveraging(0.1)]
+    with pytest.raises(ValueError, match="EMA and StochasticWeightAveraging would each leave their average"):
+        model.fit(*digits, epochs=2, callbacks=both, verbose=0)

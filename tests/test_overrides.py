@@ -256,6 +256,21 @@ def test_a_train_step_without_a_step_leaves_its_gradients_to_the_next(regressor,
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_clears_the_gradients_of_its_optimizer_alone(pair, digits, accumulate):
+    seen = []
+
+    class Sees(Pair):
+        def train_step(self, batch):
+            self.backward(joint_loss(self.module, batch[0], batch[0][:, 20:24]))
+            for name in ("g", "d"):
+                self.optimizer_step(name)
+                seen.append([all(p.grad is None for p in self.module[one].parameters()) for one in ("g", "d")])
+
+    trained(Sees, pair, digits[0], accumulate=accumulate, epochs=1)
+    assert seen == [[True, False], [True, True]] * 5
+
+
 # Accumulation.
 
 

@@ -165,6 +165,11 @@ class EMA(_Averaging):
                     torch._foreach_copy_(kind.widened, kind.parameters)
                 self._update(kind.averages, kind.widened or kind.parameters, None)
 
+    @property
+    def leaves_average(self) -> bool:
+        """Whether its averages are in the module when the run ends: those of one callback alone can be."""
+        return self.swap
+
     def on_validation_begin(self, logs: MutableMapping | None = None) -> None:
         if self.swap and not self._own:
             self._put_in(self._averages, {})
@@ -253,6 +258,8 @@ class StochasticWeightAveraging(_Averaging):
     Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima"; `torch.optim.swa_utils`; names are
     Lightning's.
     """
+
+    leaves_average = True
 
     def __init__(
         self,
