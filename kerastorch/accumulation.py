@@ -143,7 +143,7 @@ class Parked:
     def is_open(self) -> bool:
         return any(gradient is not None for gradient in self._gradients)
 
-    def take(self, weight: float, scale: Tensor | None) -> bool:
+    def take(self, weight: float | Tensor, scale: Tensor | None) -> bool:
         """Takes the gradients out of the parameters, and says whether the window is full.
 
         Args:
@@ -160,10 +160,13 @@ class Parked:
 
     def put_back(self, scale: Tensor | None) -> None:
         """Leaves the mean over the samples of the window in the parameters."""
-        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
-            if gradient is not None:
-                gradient.mul_((1.0 if scale is None else scale) / self._weight)
-            parameter.grad = gradient
+        weight = self._weight
+        if isinstance(weight, Tensor):
+            weight = torch.where(weight > 0, weight, 1.0)
+        there = [gradient for gradient in self._gradients if gradient is not None]
+        if there:
+            torch._foreach_mul_(there, (1.0 if scale is None else scale) / weight)
+        _put(self.parameters, self._gradients)
         self._forget()
 
     def _forget(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .callbacks.base import hooks_of
 from .structures import named_leaves
@@ -189,6 +189,15 @@ def refuse_unknown_monitors(callbacks: list[Any], names: list[str], is_validated
         raise ValueError(
             f"{type(callback).__name__} monitors {monitor!r}, but the logs will have {', '.join(known)}{without}. "
             f"{hint}"
+        )
+
+
+def refuse_no_forward(module: nn.Module) -> None:
+    """A validation calls the module where `compute_loss` is not overridden."""
+    if type(module).forward is nn.Module.forward:
+        raise ValueError(
+            f"validation needs a loss, but {type(module).__name__} has no forward and compute_loss is not overridden. "
+            f"Override compute_loss(self, batch), or give the module a forward."
         )
 
 

@@ -65,14 +65,15 @@ class Compiled:
         self.loss: Loss | SumOfLosses | OwnLoss = OwnLoss(module) if chosen_loss is None else chosen_loss
         self.is_single = not isinstance(optimizer, Mapping)
         named = self._named = {"": optimizer} if self.is_single else dict(optimizer)
+        given = self._given = {name for name, one in named.items() if isinstance(one, torch.optim.Optimizer)}
         if not named:
             raise ValueError("optimizer is an empty dict. Give an optimizer for each submodule, or one for all.")
+        lr = dict(lr) if isinstance(lr, Mapping) else lr
         if isinstance(lr, Mapping) and not self.is_single and not set(lr) <= set(named):
-            rates = {name: self._fitting(lr, name) for name in named}
+            rates = {name: None if name in given else self._fitting(lr, name) for name in named}
         else:
             rates = _for_each(named, lr, "lr") if not self.is_single else {"": lr}
         chosen = _for_each(named, schedule, "schedule") if not self.is_single else {"": schedule}
-        self._given = {name for name, one in named.items() if isinstance(one, torch.optim.Optimizer)}
         self._makers = {name: optimizers.maker(one, rates[name]) for name, one in named.items()}
         self._schedules = {name: schedules.get(one) for name, one in chosen.items()}
         self._clip = _clipper(clip)

@@ -293,8 +293,7 @@ class Model:
         batches = steps_per_epoch or training_data.steps
         params = {"verbose": verbose, "epochs": epochs, "steps": batches}
         training_data = self._with_optimizer(training_data)
-        self._refuse_unknown_monitors(callbacks, validation is not None)
-        checks.refuse_two_averages(callbacks)
+        self._refuse_unfit(callbacks, validation is not None)
         hooks = self._hooks(callbacks, verbose, params)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
         training = self._training_recipe(self._training_tracker, hooks, accumulate, batches, microbatch)
@@ -499,7 +498,9 @@ class Model:
         Of each optimizer by its name where there are several; `None` where no norm is clipped.
         """
         norms = {name: update.gradient_norm for name, update in self.updates.items()}
-        return norms.get("") if "" in norms or not norms else norms
+        if "" in norms or all(norm is None for norm in norms.values()):
+            return norms.get("")
+        return norms
 
     @property
     def skipped_steps(self) -> int:
@@ -585,6 +586,10 @@ class Model:
             x, y, weight = _targets_as_inputs((x, y, weight))
         output, loss = self._compiled.compute(x, y, weight)
         self._running.tracker.add(loss, output, y, self._running.samples, weight)
+        if self._compiled.logged_loss.is_gathered:
+            shares = self._running.shares(loss, output, (x, y, weight), self._running.samples)
+            if len(shares) == 1 and shares[0].count is not None:
+                self._stepping("train_step").weigh(shares[0].count, loss)
         self.backward(loss)
         self.optimizer_step()
 
@@ -787,7 +792,11 @@ class Model:
         targets = (opened.targets for opened in data if opened is not None)
         self._compiled.loss.expect(*targets, beside=self._running is not None)
 
-    def _refuse_unknown_monitors(self, callbacks: list[Any], is_validated: bool) -> None:
+    def _refuse_unfit(self, callbacks: list[Any], is_validated: bool) -> None:
+        """Callbacks and a validation that this model cannot have."""
+        checks.refuse_two_averages(callbacks)
+        if is_validated and self._overrides("train_step") and not self._overrides("compute_loss"):
+            checks.refuse_no_forward(self.module)
         if self._overrides("train_step") or self._overrides("compute_loss") or self._compiled.has_own_loss:
             return  # they may log anything
         updates = self._compiled.updates.values()

@@ -16,7 +16,7 @@ from .accumulation import Parked
 from .checks import refuse_no_number
 from .optimizers import needs_closure
 from .precision import LOW, Precision, autocast
-from .step import Batch, Recipe, Update, loss_scale, optimizer_step, samples_in, update_scale
+from .step import Batch, Recipe, Update, loss_scale, move_after_step, optimizer_step, samples_in, update_scale
 
 
 class OwnStep:
@@ -25,6 +25,8 @@ class OwnStep:
     One round of backward passes ends with the optimizer steps that follow it. The next round starts without gradients:
     what the loss of one network left behind in another's parameters is used by nobody. Only a `train_step` that asks
     for no step leaves its gradients to the next one.
+
+    A schedule goes by batches here, or by windows of them: however often an optimizer steps, it ends with the run.
 
     Args:
         train_step: Called with `(x, y)`, or `(x, y, weight)` where there are weights.
@@ -39,14 +41,14 @@ class OwnStep:
         # All of the module's: a loss also reaches those that are in no optimizer.
         self._parameters = tuple(recipe.module.parameters())
         self._first_samples = self._batches = self._calls = 0
-        self._has_stepped = False
+        self._has_stepped, self._weight = False, 1.0
+        self._window, self._in_window = None, 0
         for update in recipe.updates.values():
             if needs_closure(update.optimizer):
                 raise ValueError(
                     f"{type(update.optimizer).__name__} evaluates the loss several times a step, which does not go "
                     f"with a train_step of your own. Override compute_loss instead, or give another optimizer."
                 )
-            update.parked = None  # what an earlier run left open
 
     def __call__(self, recipe: Recipe, batch: Batch) -> bool:
         x, target, weight = batch
@@ -55,6 +57,7 @@ class OwnStep:
         if recipe.window is not None:  # new in each epoch; here it is calls of `optimizer_step` that fill a window
             single, size, recipe.window = recipe.updates[""], recipe.window.size, None
             single.parked = Parked(single.parameters, size)
+        self._weight = samples / self._first_samples  # how much the batch counts in its window
         calls = self._calls
         with autocast(self.precision, recipe.device):
             returned = self.train_step((x, target) if weight is None else (x, target, weight))
@@ -62,6 +65,7 @@ class OwnStep:
         self._log(returned)
         if self._calls > calls:
             self._end_round()
+        self._move_schedules()
         self._batches += 1
         if self._batches == recipe.batches and self._calls == 0:
             warnings.warn(
@@ -69,7 +73,19 @@ class OwnStep:
                 f"optimizer has stepped. Call it after self.backward(loss).",
                 stacklevel=5,
             )
+        if self._batches == recipe.batches and recipe.tracker.measures and not recipe.tracker.has_batches:
+            warnings.warn(
+                "metrics were given, but train_step measured none in the first epoch. Call super().train_step(batch) "
+                "in it, or log what you measure.",
+                stacklevel=5,
+            )
         return False
+
+    def weigh(self, count: int | Tensor, loss: Tensor) -> None:
+        """Has the batch count by what its loss is the mean over, say unmasked targets, instead of its samples."""
+        # In the dtype of the loss: the quotient of whole numbers would be a float32.
+        count = count.to(loss.dtype) if isinstance(count, Tensor) else count
+        self._weight = count / self._first_samples
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a loss."""
@@ -85,7 +101,7 @@ class OwnStep:
             hook(loss)
         with torch.autocast(recipe.device.type, enabled=False):
             loss = loss.float() if loss.dtype in LOW else loss
-            recipe.backward(loss if not self._gathers() else loss * self._weight())
+            recipe.backward(loss if not self._gathers() else loss * self._weight)
         for hook in recipe.hooks.on_after_backward:
             hook()
 
@@ -95,13 +111,13 @@ class OwnStep:
         self._calls, self._has_stepped = self._calls + 1, True
         if update.parked is not None:
             scale = loss_scale(recipe)
-            if not update.parked.take(self._weight(), scale):
+            if not update.parked.take(self._weight, scale):
                 return
             update.parked.put_back(scale)
         if recipe.scaler is not None and all(parameter.grad is None for parameter in update.parameters):
             return  # of an optimizer whose parameters are all frozen, torch's scaler would know no overflow
         with torch.autocast(recipe.device.type, enabled=False):
-            optimizer_step(recipe, update)
+            optimizer_step(recipe, update, moves_schedule=False)
         # The autocast around `train_step` keeps casts of the weights, which are no longer those of the weights.
         torch.clear_autocast_cache()
 
@@ -132,9 +148,17 @@ class OwnStep:
     def _gathers(self) -> bool:
         return any(update.parked is not None for update in self.recipe.updates.values())
 
-    def _weight(self) -> float:
-        """How much the batch counts in its window."""
-        return self.recipe.samples / self._first_samples
+    def _move_schedules(self) -> None:
+        updates = self.recipe.updates.values()
+        window = next((update.parked for update in updates if update.parked is not None), None)
+        if window is not self._window:  # of a new epoch
+            self._window, self._in_window = window, 0
+        self._in_window += 1
+        if window is None or self._in_window == window.size:
+            self._in_window = 0
+            for update in updates:
+                if update.schedule is not None:
+                    move_after_step(update)
 
     def _end_round(self) -> None:
         for parameter in self._parameters:

@@ -194,26 +194,30 @@ class ScaledStep:
     def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         self.optimizer, self.scaler = optimizer, scaler
         self.skipped: Tensor | int = 0
+        self._is_skipped: Tensor | None = None  # the latest step, which no schedule has followed yet
         self._last: tuple[_Flag, Any] | None = None
 
-    def __call__(self, schedule: Any = None) -> bool:
-        """One step, and whether there was any gradient to check.
-
-        If it was taken, `schedule.after_step` follows with `settle`, unless `schedule` is `None`.
-        """
+    def __call__(self) -> bool:
+        """One step, and whether there was any gradient to check."""
         # GradScaler keeps for itself what it found, and only until its `update`.
         found = [*self.scaler._found_inf_per_device(self.optimizer).values()]
         if not found:  # all its parameters are frozen
             return False
         self.scaler.step(self.optimizer)
-        is_skipped = sum(flag.to(found[0].device, non_blocking=True) for flag in found) > 0
-        self.skipped = self.skipped + is_skipped
-        if schedule is not None:
-            self._last = _Flag(is_skipped), schedule
+        self._is_skipped = sum(flag.to(found[0].device, non_blocking=True) for flag in found) > 0
+        self.skipped = self.skipped + self._is_skipped
         return True
 
+    def follow(self, schedule: Any) -> None:
+        """Has `schedule.after_step` called with the next `settle`, unless the latest step was left out."""
+        self.settle()
+        if self._is_skipped is None:  # no step since the last time
+            schedule.after_step()
+        else:
+            (self._last, self._is_skipped) = (_Flag(self._is_skipped), schedule), None
+
     def settle(self) -> None:
-        """Has the schedule follow the last step, if that was taken."""
+        """Moves the schedule that follows a step, if that step was taken."""
         if self._last is not None:
             (was_skipped, schedule), self._last = self._last, None
             if not was_skipped.read():

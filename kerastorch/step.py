@@ -126,7 +126,7 @@ def forward_backward(recipe: Recipe, batch: Batch) -> bool:
     return window is None or window.count_batch()
 
 
-def optimizer_step(recipe: Recipe, update: Update) -> None:
+def optimizer_step(recipe: Recipe, update: Update, moves_schedule: bool = True) -> None:
     """Turns the gradients that are there into one step of the optimizer, and drops them."""
     optimizer, hooks, schedule = update.optimizer, recipe.hooks, update.schedule
     if recipe.window is not None:
@@ -141,11 +141,11 @@ def optimizer_step(recipe: Recipe, update: Update) -> None:
     if schedule is not None:
         recipe.rates = recipe.rates | {update.rate_name: rate_of(optimizer)}
     if update.scaled_step is not None:
-        recipe.is_scale_due |= update.scaled_step(schedule)
+        recipe.is_scale_due |= update.scaled_step()
     else:
         optimizer.step()
-        if schedule is not None:
-            schedule.after_step()
+    if schedule is not None and moves_schedule:
+        move_after_step(update)
     recipe.steps += 1
     for hook in hooks.on_before_zero_grad:
         hook(optimizer)
@@ -159,6 +159,14 @@ def rate_of(optimizer: torch.optim.Optimizer) -> float | Tensor:
     """The rate of now, of its first group."""
     rate = optimizer.param_groups[0]["lr"]
     return rate.clone() if isinstance(rate, Tensor) else rate  # a tensor is changed in place
+
+
+def move_after_step(update: Update) -> None:
+    """Moves the rate that goes by steps."""
+    if update.scaled_step is not None:
+        update.scaled_step.follow(update.schedule)
+    else:
+        update.schedule.after_step()
 
 
 def update_scale(recipe: Recipe) -> None:

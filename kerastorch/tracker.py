@@ -117,6 +117,11 @@ class Tracker:
             return 1
         return max(1, min(MAX_PENDING, MAX_PENDING_VALUES // max(output.numel(), 1)))
 
+    @property
+    def has_batches(self) -> bool:
+        """Whether `add` was called since `reset`."""
+        return self._sums is not None or bool(self._pending)
+
     def logs(self, others: dict[str, Any]) -> Logs:
         """The means so far, read from the device when somebody looks, and `others` behind them."""
         sums, pending, number, samples = self._sums, self._pending, len(self._pending), self._batch_samples

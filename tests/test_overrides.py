@@ -483,12 +483,64 @@ def test_a_schedule_may_be_for_one_optimizer_alone(pair, digits):
     assert model.optimizer["d"].param_groups[0]["lr"] == plain.optimizer["d"].param_groups[0]["lr"] == 0.1
 
 
-def test_several_steps_in_a_batch_have_a_schedule_of_their_own_length(pair, digits):
-    """The run's length counts one step of each optimizer for each batch."""
-    schedule = {"g": "linear", "d": kt.schedules.linear(steps=3 * 2 * 5)}
-    model = trained(of_rounds("d", "d", "d", "g"), pair, digits[0], schedule=schedule, lr=1.0)
+def test_a_schedule_ends_with_the_run_however_often_an_optimizer_steps(pair, digits):
+    """It goes by batches: three steps of the critic in one are taken at one rate."""
+    model = trained(of_rounds("d", "d", "d", "g"), pair, digits[0], schedule="linear", lr=1.0)
     assert model.history.history["g_lr"] == pytest.approx([1 - 4 / 10, 1 - 9 / 10])
-    assert model.history.history["d_lr"] == pytest.approx([1 - 14 / 30, 1 - 29 / 30])
+    assert model.history.history["d_lr"] == model.history.history["g_lr"]
+
+
+def test_an_optimizer_that_seldom_steps_has_the_rate_of_its_batch(pair, digits):
+    class Seldom(Pair):
+        def train_step(self, batch):
+            fake = torch.ones(len(batch[0]), 4)
+            for name, loss_of in (("g", g_loss), ("d", d_loss)):
+                if name == "g" or len(taken["g"]) % 3 == 0:
+                    self.backward(loss_of(self.module, batch[0], fake))
+                    self.optimizer_step(name)
+
+    taken = {"g": [], "d": []}
+    model = Seldom(pair, backend="cpu").compile({"g": "sgd", "d": "sgd"}, lr=1e-3, schedule="linear")
+    for name, optimizer in model.optimizer.items():
+        optimizer.register_step_pre_hook(lambda one, *_, name=name: taken[name].append(one.param_groups[0]["lr"]))
+    model.fit(digits[0], batch_size=25, verbose=0)
+    assert taken["g"] == pytest.approx([1e-3 * (1 - step / 6) for step in range(6)])
+    assert taken["d"] == pytest.approx([1e-3 * (1 - step / 6) for step in (2, 5)])
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_step_of_the_superclass_is_accumulated_over_unmasked_targets(classifier, digits, accumulate):
+    class Asks(kt.Model):
+        def train_step(self, batch):
+            super().train_step(batch)
+
+    x, y = digits[0].double(), digits[1].clone()
+    y[torch.arange(len(y)) % 7 > 2] = -100
+    y[:40] = -100
+    nets = [classifier.double(), copy.deepcopy(classifier).double()]
+    for kind, net in zip((Asks, kt.Model), nets, strict=True):
+        model = kind(net, backend="cpu").compile("sgd", "cross_entropy", lr=0.5)
+        model.fit(x, y, batch_size=50 // accumulate, accumulate=accumulate, epochs=2, shuffle=False, verbose=0)
+    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_metrics_that_a_train_step_measures_nowhere_are_said(classifier, digits):
+    class Alone(kt.Model):
+        def train_step(self, batch):
+            self.backward(F.cross_entropy(self.module(batch[0]), batch[1]))
+            self.optimizer_step()
+
+    model = Alone(classifier, backend="cpu").compile("sgd", "cross_entropy", metrics=["accuracy"])
+    with pytest.warns(UserWarning, match="metrics were given, but train_step measured none"):
+        model.fit(*digits, epochs=2, verbose=0)
+
+
+def test_a_validation_without_a_forward_is_refused_before_training(pair, digits):
+    assert not hasattr(type(pair), "forward") or type(pair).forward is nn.Module.forward
+    model = Pair(pair, backend="cpu").compile({"g": "sgd", "d": "sgd"})
+    with pytest.raises(ValueError, match="has no forward and compute_loss is not overridden"):
+        model.fit(digits[0], validation_split=0.2, verbose=0)
 
 
 def test_rates_by_optimizer_and_by_pattern(pair):
