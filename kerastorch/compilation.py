@@ -36,6 +36,7 @@ class Compiled:
         precision: What the module computes in.
         tbptt_steps: Steps of time in a piece of truncated backpropagation; `None` = sequences are not cut.
         compute: `(x, target, weight) -> (output, loss)`, overrides included.
+        compute_evaluated: `compute` for an evaluation.
         plain: The same without an override of `compute_loss`.
         with_state: `(x, target, weight, state) -> (output, loss, state)`, where sequences are cut.
         network: The module in its precision, without the state where it has one.
@@ -102,12 +103,12 @@ class Compiled:
             network = without_state(stateful)
         self.network = network
         self.plain: Compute = self._jitted(output_and_loss(network, self.loss))
-        if isinstance(self.loss, OwnLoss):
-            self.plain = with_graph(self.plain, self.loss)
         self.compute, self.logged_loss = self.plain, self.loss
         if compute_loss is not None:
             compute_loss = precision.in_precision(compute_loss, self.precision, self.device)
             self.compute = self.logged_loss = Overridden(compute_loss, self.plain, self.loss, measures)
+        is_own = isinstance(self.loss, OwnLoss)
+        self.compute_evaluated = with_graph(self.compute, self.loss) if is_own else self.compute
 
     def gather(self, is_gathered: bool) -> None:
         """Says whether `logged_loss.shares` will be asked for after each batch of a run."""

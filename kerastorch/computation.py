@@ -62,7 +62,7 @@ def with_graph(compute: Compute, loss: OwnLoss) -> Compute:
     """The function, with a graph as long as the module's own loss needs one, in evaluations too."""
 
     def run(x: Any, target: Any, weight: Any) -> tuple[Any, Tensor]:
-        if not loss.needs_graph:
+        if not loss.is_unchecked:
             return compute(x, target, weight)
         with torch.enable_grad():
             return compute(x, target, weight)

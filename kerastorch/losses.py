@@ -396,8 +396,6 @@ class OwnLoss:
         is_gathered: Whether `shares` will be asked for after each call.
     """
 
-    is_unchecked = False
-
     def __init__(self, module: nn.Module) -> None:
         # Transformers says which of its losses it takes; some models take another one all the same.
         self._skipped_tokens = 1 if getattr(module, "loss_type", None) == "ForCausalLM" else 0
@@ -431,22 +429,17 @@ class OwnLoss:
                 f"loss=None means that the module returns its own loss, but it returned {_describe(output)}. Return a "
                 f"scalar or something with a scalar .loss, give compile a loss, or override compute_loss."
             )
-        if isinstance(output, Mapping):
-            self._keep_terms(output)
+        if self._terms is None:
+            self._terms = _scalars_of(output)
+        if self._terms:
+            self.latest = {str(name): output[name].detach() for name in self._terms if name in output}
         if self._looks and loss.grad_fn is not None:
             self._learn(loss, target)
         return loss if loss.element_size() >= 4 else loss.float()
 
-    def _keep_terms(self, output: Mapping) -> None:
-        if self._terms is None:
-            scalars = (name for name, part in output.items() if isinstance(part, Tensor) and part.ndim == 0)
-            self._terms = [name for name in scalars if name != "loss"]
-        if self._terms:
-            self.latest = {str(name): output[name].detach() for name in self._terms if name in output}
-
     @property
-    def needs_graph(self) -> bool:
-        """Whether the next loss is looked into, also that of an evaluation."""
+    def is_unchecked(self) -> bool:
+        """Whether the graph of the next loss is looked into."""
         return self._looks > 0
 
     def _learn(self, loss: Tensor, target: Any) -> None:
@@ -479,6 +472,12 @@ class OwnLoss:
         if not self.masks(output, target):
             return [Share("", loss, samples, samples)]
         return [Share("", loss, self.units(target[None])[0], target.numel())]
+
+
+def _scalars_of(output: Any) -> list[Any]:
+    """Names of the scalars, beside the loss, of an output by name."""
+    parts = output.items() if isinstance(output, Mapping) else ()
+    return [name for name, part in parts if isinstance(part, Tensor) and part.ndim == 0 and name != "loss"]
 
 
 def get(loss: Any) -> Loss | SumOfLosses | None:

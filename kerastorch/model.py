@@ -702,16 +702,14 @@ class Model:
             self._own_dtypes = None
 
     def _recipe(self, tracker: Tracker, hooks: Any) -> Recipe:
-        compiled = self._compiled
-        return Recipe(
-            self.module, compiled.compute, compiled.logged_loss.shares, tracker, hooks, device=self.backend.device
-        )
+        compute, shares = self._compiled.compute_evaluated, self._compiled.logged_loss.shares
+        return Recipe(self.module, compute, shares, tracker, hooks, device=self.backend.device)
 
     def _training_recipe(
         self, tracker: Tracker, hooks: Any, accumulate: int | Mapping[int, int], batches: int | None, pieces: Any = None
     ) -> Recipe:
         recipe, compiled = self._recipe(tracker, hooks), self._compiled
-        recipe.updates, recipe.scaler = compiled.updates, compiled.scaler
+        recipe.compute, recipe.updates, recipe.scaler = compiled.compute, compiled.updates, compiled.scaler
         if recipe.scaler is not None:
             recipe.backward = partial(scaled_backward, recipe.scaler)
         recipe.frozen = self._frozen
@@ -934,12 +932,13 @@ def _takes(module: nn.Module, inputs: int) -> bool:
 
 def _targets_as_inputs(batch: tuple) -> tuple:
     """A module that computes its own loss takes the targets behind its inputs; they still say how much is masked."""
-    x, target, weight = _with_labels(batch)
-    if target is None or (isinstance(x, Mapping) and target is x.get("labels")):
-        return x, target, weight
-    if isinstance(x, Mapping):
+    x, target, weight = batch
+    if not isinstance(x, Mapping):
+        inputs = x if target is None else (*x, target) if isinstance(x, tuple) else (x, target)
+        return inputs, target, weight
+    if target is not None and target is not x.get("labels"):
         raise ValueError("loss=None and inputs by name: put the target among them too, or give compile a loss.")
-    return (*x, target) if isinstance(x, tuple) else (x, target), target, weight
+    return x, x.get("labels"), weight
 
 
 def _with_labels(batch: tuple) -> tuple:

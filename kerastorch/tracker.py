@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .history import Logs
-from .losses import Loss, SumOfLosses
+from .losses import Loss, OwnLoss, SumOfLosses
 from .metrics import Mean, Stateful, Sums
 from .structures import map_structure
 
@@ -46,6 +46,7 @@ class Tracker:
             if hasattr(metric.metric, "to"):
                 metric.metric.to(device)
         self.measures = bool(metrics)
+        self._keeps_outputs = self.measures or not isinstance(loss, OwnLoss)  # which tells by the targets what it masks
         self.expect()
         self.reset()
 
@@ -83,13 +84,16 @@ class Tracker:
             samples: How many samples it has.
             weight: Their weights.
         """
-        # Without its graph, so that keeping the output keeps no activations.
-        output = output.detach() if type(output) is Tensor else map_structure(_detached, output)
-        shape = (output.shape, target.shape) if type(output) is type(target) is Tensor else None
+        if self._keeps_outputs:
+            # Without its graph, so that keeping the output keeps no activations.
+            output = output.detach() if type(output) is Tensor else map_structure(_detached, output)
+            shape = (output.shape, target.shape) if type(output) is type(target) is Tensor else None
+        else:
+            output, shape = None, None if type(target) is dict else (None, getattr(target, "shape", None))
         if samples != self._batch_samples or shape != self._shape:
             self._flush()
             self._shape, self._batch_samples = shape, samples
-            self._capacity = self._capacity_for(output)
+            self._capacity = self._capacity_for(target if output is None else output)
         self.samples += samples
         if isinstance(loss, tuple) or (self._has_latest and self.loss.latest):
             loss, terms = loss if isinstance(loss, tuple) else self.values_of(loss)
@@ -112,10 +116,11 @@ class Tracker:
         total, count = self.logged.get(name, (0.0, 0))
         self.logged = self.logged | {name: (total + value * samples, count + samples)}
 
-    def _capacity_for(self, output: Any) -> int:
-        if self._shape is None or not self.joins or output.ndim == 0:
+    def _capacity_for(self, kept: Any) -> int:
+        if self._shape is None or not self.joins or (kept is not None and kept.ndim == 0):
             return 1
-        return max(1, min(MAX_PENDING, MAX_PENDING_VALUES // max(output.numel(), 1)))
+        values = 1 if kept is None else kept.numel()
+        return max(1, min(MAX_PENDING, MAX_PENDING_VALUES // max(values, 1)))
 
     @property
     def has_batches(self) -> bool:
@@ -219,7 +224,7 @@ def _joined(pending: list[tuple]) -> list[tuple]:
     if len(pending) == 1:
         return pending
     _, outputs, targets, _ = zip(*pending, strict=True)
-    return [(None, torch.cat(outputs), None if targets[0] is None else torch.cat(targets), None)]
+    return [(None, *(None if part[0] is None else torch.cat(part) for part in (outputs, targets)), None)]
 
 
 def _at(tree: Any, key: Any) -> Any:

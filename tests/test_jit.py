@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import kerastorch as kt
@@ -174,3 +175,26 @@ def test_out_of_memory_is_not_taken_for_a_failure_of_the_compiler(digits, monkey
     monkeypatch.setattr(jitted, "compiled", fails)
     with pytest.raises(torch.OutOfMemoryError):
         model.fit(*digits, verbose=0)
+
+
+@pytest.mark.parametrize("shape", [(), (6,)], ids=["classes", "tokens"])
+def test_a_modules_own_loss_is_compiled_with_it(traced, shape) -> None:
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(5, 4)
+
+        def forward(self, x, labels):
+            logits = self.head(x)
+            return {"loss": F.cross_entropy(logits.reshape(-1, 4), labels.reshape(-1)), "size": logits.square().mean()}
+
+    data = torch.randn(96, *shape, 5), torch.randint(0, 4, (96, *shape))
+    net, histories = Own(), []
+    for jit in (True, False):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="jit")
+            model = kt.Model(copy.deepcopy(net), backend="cpu").compile("sgd", lr=0.1, jit=jit)
+            histories.append(model.fit(*data, batch_size=16, epochs=2, validation_data=data, verbose=0).history)
+    assert set(histories[0]) == {"loss", "size", "val_loss", "val_size"}
+    assert histories[0] == {name: pytest.approx(values, abs=1e-6) for name, values in histories[1].items()}
+    assert len(traced) == 2
