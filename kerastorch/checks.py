@@ -91,9 +91,13 @@ def size_at(accumulate: int | Mapping[int, int], epoch: int) -> int:
     return accumulate
 
 
+def _largest(accumulate: int | Mapping[int, int]) -> int:
+    return max(accumulate.values()) if isinstance(accumulate, Mapping) else accumulate
+
+
 def _refuse_pieces(tbptt_steps: int | None, has_own_step: bool, accumulate: Any, microbatch: Any) -> None:
     """Steps that are not made of whole batches cannot be gathered or cut."""
-    gathers = accumulate != 1
+    gathers = _largest(accumulate) > 1
     if tbptt_steps is not None and (gathers or microbatch is not None):
         given = f"accumulate={accumulate!r}" if gathers else f"microbatch={microbatch!r}"
         raise ValueError(
@@ -109,8 +113,7 @@ def _refuse_pieces(tbptt_steps: int | None, has_own_step: bool, accumulate: Any,
 
 def refuse_gathering(optimizer: str, accumulate: int | Mapping[int, int], microbatch: Any) -> None:
     """An optimizer that evaluates the loss again needs the batch whole, and at once."""
-    sizes = accumulate.values() if isinstance(accumulate, Mapping) else (accumulate,)
-    if max(sizes) > 1 or microbatch is not None:
+    if _largest(accumulate) > 1 or microbatch is not None:
         raise ValueError(
             f"{optimizer} evaluates the loss several times a step, which does not go with accumulate or microbatch. "
             f"Give a larger batch_size, or another optimizer."
