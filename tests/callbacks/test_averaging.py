@@ -488,7 +488,7 @@ def test_statistics_are_computed_and_what_is_compiled_stays_so(normalized, digit
     expected = run(normalized, digits, StochasticWeightAveraging(0.05, 3, 2))
     model = kt.Model(normalized, backend="cpu").compile(sgd, "cross_entropy", jit=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="jit")
         fit(model, digits, StochasticWeightAveraging(0.05, 3, 2))
     torch.testing.assert_close(model.module.state_dict(), expected.module.state_dict(), atol=1e-6, rtol=0)
 
