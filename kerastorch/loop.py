@@ -75,10 +75,7 @@ def fit(
             model.epochs_trained += 1
             if model.stop_training or interruption.requested:
                 break
-            if steps_per_epoch is not None and steps < steps_per_epoch:
-                warnings.warn(
-                    f"the data ended after {steps} of {steps_per_epoch} steps in epoch {epoch + 1}.", stacklevel=3
-                )
+            if _is_short(steps, steps_per_epoch, epoch):
                 break
         for hook in hooks.on_train_end:
             hook(logs)
@@ -223,6 +220,14 @@ def _warn_of_lost_loss(epoch: int, history: History) -> None:
             f"or very large values in the data.",
             stacklevel=4,
         )
+
+
+def _is_short(steps: int, steps_per_epoch: int | None, epoch: int) -> bool:
+    """Whether the data ended within an epoch, which is said."""
+    is_short = steps_per_epoch is not None and steps < steps_per_epoch
+    if is_short:
+        warnings.warn(f"the data ended after {steps} of {steps_per_epoch} steps in epoch {epoch + 1}.", stacklevel=4)
+    return is_short
 
 
 def _say_that_data_ended(epoch: int, history: History) -> None:

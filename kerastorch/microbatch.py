@@ -16,7 +16,7 @@ from torch import Tensor
 from .accumulation import Window
 from .memory import free_memory, is_out_of_memory
 from .step import Batch, Recipe, samples_in
-from .structures import map_structure
+from .structures import detached, map_structure
 
 
 class PiecewiseStep:
@@ -76,7 +76,7 @@ class PiecewiseStep:
             # Without the graph, whose nodes may hold more than torch frees after a backward pass; and of outputs that
             # nobody will measure, the shape alone.
             values = recipe.tracker.values_of(loss.detach())
-            output = map_structure(_detached if recipe.tracker.measures else _shape_alone, output)
+            output = map_structure(detached if recipe.tracker.measures else _shape_alone, output)
             del loss, shares
             yield values, output, target, piece_samples, weight
 
@@ -142,7 +142,3 @@ def pieces(batch: Batch, size: int) -> Iterator[Batch]:
 
 def _shape_alone(leaf: Any) -> Any:
     return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf

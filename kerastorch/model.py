@@ -5,7 +5,6 @@ No loop and no maths: `fit` goes on in `loop.fit`, a step in `step.forward_backw
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +20,17 @@ from . import backends, checks, loop, optimizers
 from . import losses as named_losses
 from . import metrics as named_metrics
 from . import precision as precisions
+from .arguments import (
+    as_list,
+    as_pair,
+    concatenated,
+    length_of,
+    returned,
+    takes,
+    targets_as_inputs,
+    to_numpy,
+    with_labels,
+)
 from .callbacks.base import hooks_of
 from .callbacks.progress import is_notebook, progress_for
 from .compilation import Compiled
@@ -45,7 +55,7 @@ from .step import (
 from .structures import join, leaves, map_structure
 from .summary import Summary, summarize
 from .tbptt import TruncatedStep
-from .tensors import is_array, is_arrays, is_numbers, to_tensor
+from .tensors import is_arrays, is_numbers, to_tensor
 from .tracker import Tracker, copies
 
 
@@ -277,17 +287,12 @@ class Model:
         checks.refuse_initial_epoch(initial_epoch)
         checks.refuse_class_weight(class_weight)
         checks.refuse_accumulation(accumulate, microbatch, self._compiled.tbptt_steps, self._overrides("train_step"))
-        callbacks, epoch_numbers = _as_list(callbacks), range(initial_epoch, epochs)
+        callbacks, epoch_numbers = as_list(callbacks), range(initial_epoch, epochs)
 
-        source = data, y, sample_weight
-        held_out = _as_pair(validation_data), y if isinstance(y, str) else None, None
-        if validation_split and validation_data is None:
-            source, held_out = split_tail(*source, validation_split)
-        training_data = open_data(*source, self._reading(batch_size, shuffle=shuffle, class_weight=class_weight))
-        validation = None
-        if held_out[0] is not None:
-            validation = self._open_validation(held_out, validation_batch_size, batch_size, callbacks)
-            checks.refuse_unlike(training_data.targets, validation.targets)
+        reading = self._reading(batch_size, shuffle=shuffle, class_weight=class_weight)
+        held_out = as_pair(validation_data), validation_split, validation_batch_size
+        training_data, validation = self._open((data, y, sample_weight), reading, held_out, callbacks)
+        if validation is not None:
             checks.refuse_second_pass(validation.repeats, validation_steps, epoch_numbers, validation_freq)
 
         batches = steps_per_epoch or training_data.steps
@@ -343,7 +348,7 @@ class Model:
         """
         self._refuse_uncompiled("train_on_batch")
         checks.refuse_class_weight(class_weight)
-        reading = self._reading(_samples_in(x), class_weight=class_weight)
+        reading = self._reading(length_of(x), class_weight=class_weight)
         batch = self._with_optimizer(open_data((x, y), None, sample_weight, reading))
         training = self._training_recipe(self._evaluation_tracker, NO_HOOKS, accumulate=1, batches=1)
         step = self._step(training)
@@ -357,7 +362,7 @@ class Model:
             open_windows(training, 0)
             if step(training, next(self._batches(batch.batches(0)))):
                 optimizer_step(training, training.updates[""])
-        return _returned(self._evaluation_tracker.result(), return_dict)
+        return returned(self._evaluation_tracker.result(), return_dict)
 
     # Measuring.
 
@@ -390,7 +395,7 @@ class Model:
         """
         self._refuse_uncompiled("evaluate")
         checks.refuse_nonpositive(batch_size=batch_size, steps=steps)
-        callbacks = _as_list(callbacks)
+        callbacks = as_list(callbacks)
         may_enlarge = steps is None and not _hears_batches(callbacks, "test")
         opened = open_data(data, y, sample_weight, self._reading(batch_size, may_enlarge=may_enlarge))
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
@@ -398,7 +403,7 @@ class Model:
         evaluation = self._recipe(self._evaluation_tracker, hooks)
         with self._computing(), self._shown(evaluation), loop.announced_errors(hooks):
             logs = loop.evaluate(evaluation, self._batches(islice(opened.batches(0), steps), is_evaluated=True))
-        return _returned(logs, return_dict)
+        return returned(logs, return_dict)
 
     def test_on_batch(
         self, x: Any, y: Any = None, *, sample_weight: Any = None, return_dict: bool = False
@@ -406,7 +411,7 @@ class Model:
         """Loss and metrics of one batch, in eval mode; arguments and result as in `train_on_batch`."""
         self._refuse_uncompiled("test_on_batch")
         batch = (x, y) if sample_weight is None else (x, y, sample_weight)
-        return self.evaluate(batch, batch_size=_samples_in(x), return_dict=return_dict, verbose=0)
+        return self.evaluate(batch, batch_size=length_of(x), return_dict=return_dict, verbose=0)
 
     def predict(
         self,
@@ -433,7 +438,7 @@ class Model:
             ValueError, TypeError: an argument or the data is not as above.
         """
         checks.refuse_nonpositive(batch_size=batch_size, steps=steps)
-        callbacks = _as_list(callbacks)
+        callbacks = as_list(callbacks)
         may_enlarge = steps is None and not _hears_batches(callbacks, "predict")
         wants_numpy = is_arrays(data) and not any(isinstance(leaf, Tensor) for leaf in leaves(data))
         opened = open_data(self._inputs(data), None, None, self._reading(batch_size, may_enlarge=may_enlarge))
@@ -443,12 +448,12 @@ class Model:
             outputs = loop.predict(self.module, self._network(), hooks, batches)
         if not outputs:
             raise ValueError("the data is empty: it gave no batch, expected at least one.")
-        joined = join(outputs, _concatenated)
-        return map_structure(_to_numpy, joined) if wants_numpy else joined
+        joined = join(outputs, concatenated)
+        return map_structure(to_numpy, joined) if wants_numpy else joined
 
     def predict_on_batch(self, x: Any) -> Any:
         """What the module returns for one batch; argument and result as in `predict`."""
-        return self.predict(x, batch_size=_samples_in(x), verbose=0)
+        return self.predict(x, batch_size=length_of(x), verbose=0)
 
     def __call__(self, *inputs: Any, **named_inputs: Any) -> Any:
         """Runs the module in eval mode and without gradients; arrays become tensors on its device."""
@@ -559,7 +564,7 @@ class Model:
         """
         batch = (*batch, None)[:3]
         if self._compiled.has_own_loss:
-            batch = _targets_as_inputs(batch)
+            batch = targets_as_inputs(batch)
         if isinstance(self._compiled.compute, Overridden):
             return self._compiled.compute.ask(batch)
         return self._compiled.plain(*batch)[1]
@@ -583,7 +588,7 @@ class Model:
         """
         x, y, weight = (*batch, None)[:3]
         if self._compiled.has_own_loss and not self._overrides("compute_loss"):
-            x, y, weight = _targets_as_inputs((x, y, weight))
+            x, y, weight = targets_as_inputs((x, y, weight))
         output, loss = self._compiled.compute(x, y, weight)
         self._running.tracker.add(loss, output, y, self._running.samples, weight)
         if self._compiled.logged_loss.is_gathered:
@@ -633,7 +638,7 @@ class Model:
 
     def get_weights(self) -> list[np.ndarray]:
         """Copies of all parameters and buffers as numpy arrays, in the order of `module.state_dict()`."""
-        return [_to_numpy(tensor.detach().cpu()).copy() for tensor in self.module.state_dict().values()]
+        return [to_numpy(tensor.detach().cpu()).copy() for tensor in self.module.state_dict().values()]
 
     def set_weights(self, weights: list[np.ndarray]) -> None:
         """Puts back what `get_weights` returned.
@@ -661,9 +666,22 @@ class Model:
             **options,
         )
 
-    def _open_validation(self, source: tuple, batch_size: int | None, fallback: int | None, callbacks: list) -> Data:
+    def _open(
+        self, source: tuple, reading: Reading, held_out: tuple[Any, float, int | None], callbacks: list
+    ) -> tuple[Data, Data | None]:
+        """The data to train on, and that to validate on: given by itself, or split off, or none."""
+        (validation_data, fraction, batch_size), y = held_out, source[1]
+        validation_source = validation_data, y if isinstance(y, str) else None, None
+        if fraction and validation_data is None:
+            source, validation_source = split_tail(*source, fraction)
+        training = open_data(*source, reading)
+        if validation_source[0] is None:
+            return training, None
         may_enlarge = not _hears_batches(callbacks, "test")
-        return open_data(*source, self._reading(batch_size, fallback_batch_size=fallback, may_enlarge=may_enlarge))
+        options = {"fallback_batch_size": reading.batch_size, "may_enlarge": may_enlarge}
+        validation = open_data(*validation_source, self._reading(batch_size, **options))
+        checks.refuse_unlike(training.targets, validation.targets)
+        return training, validation
 
     def _treats_samples_alone(self) -> bool:
         """Whether results cannot depend on how samples are batched, as far as is known."""
@@ -766,7 +784,7 @@ class Model:
         if not self._compiled.has_own_loss:
             return fed
         is_plain = not self._overrides("compute_loss") and (is_evaluated or not self._overrides("train_step"))
-        return map(_targets_as_inputs if is_plain else _with_labels, fed)
+        return map(targets_as_inputs if is_plain else with_labels, fed)
 
     def _validate(self, evaluation: Recipe, validation: Data, steps: int | None, interruption: Any) -> dict[str, Any]:
         with self._shown(evaluation):
@@ -780,7 +798,7 @@ class Model:
         """
         if not isinstance(data, (tuple, list)) or not is_arrays(data):
             return data
-        if is_numbers(data) or _takes(self.module, len(data)):
+        if is_numbers(data) or takes(self.module, len(data)):
             return data, None
         return iter(data) if isinstance(data, list) else (data[0], None)
 
@@ -921,67 +939,6 @@ def _dtype_of(module: nn.Module) -> torch.dtype:
     return next(floating, torch.get_default_dtype())
 
 
-def _takes(module: nn.Module, inputs: int) -> bool:
-    """Whether `forward` takes so many positional arguments."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-        return True
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(parameter.kind in positional for parameter in parameters) >= inputs
-
-
-def _targets_as_inputs(batch: tuple) -> tuple:
-    """A module that computes its own loss takes the targets behind its inputs; they still say how much is masked."""
-    x, target, weight = batch
-    if not isinstance(x, Mapping):
-        inputs = x if target is None else (*x, target) if isinstance(x, tuple) else (x, target)
-        return inputs, target, weight
-    if target is not None and target is not x.get("labels"):
-        raise ValueError("loss=None and inputs by name: put the target among them too, or give compile a loss.")
-    return x, x.get("labels"), weight
-
-
-def _with_labels(batch: tuple) -> tuple:
-    """Targets that are among inputs by name, as Transformers' modules take them, are targets too."""
-    x, target, weight = batch
-    return (x, x.get("labels"), weight) if target is None and isinstance(x, Mapping) else batch
-
-
 def _hears_batches(callbacks: list[Any], stage: str) -> bool:
     hooks = hooks_of(callbacks)
     return bool(getattr(hooks, f"on_{stage}_batch_begin") or getattr(hooks, f"on_{stage}_batch_end"))
-
-
-def _as_list(callbacks: Any) -> list[Any]:
-    if callbacks is None:
-        return []
-    return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
-
-
-def _as_pair(validation_data: Any) -> Any:
-    """A list of arrays is `(x, y[, weight])` here, as in Keras: inputs alone could not be validated."""
-    is_pair = isinstance(validation_data, list) and 2 <= len(validation_data) <= 3
-    return tuple(validation_data) if is_pair and all(map(is_array, validation_data)) else validation_data
-
-
-def _samples_in(x: Any) -> int:
-    first = next(leaves(x if not isinstance(x, list) else (x,)), None)
-    return len(first)
-
-
-def _returned(logs: dict[str, Any], return_dict: bool) -> float | list | dict[str, Any]:
-    """As Keras returns results: a dict, else a list, else, where there is nothing but the loss, a float."""
-    if return_dict:
-        return logs
-    return next(iter(logs.values())) if len(logs) == 1 else list(logs.values())
-
-
-def _concatenated(outputs: list[Any]) -> Any:
-    if not isinstance(outputs[0], Tensor):
-        raise TypeError(f"the module returned a {type(outputs[0]).__name__} in its output, expected tensors only.")
-    return torch.stack(outputs) if outputs[0].ndim == 0 else torch.cat(outputs)
-
-
-def _to_numpy(tensor: Tensor) -> np.ndarray:
-    # numpy has no bfloat16
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -126,8 +126,8 @@ def forward_backward(recipe: Recipe, batch: Batch) -> bool:
     return window is None or window.count_batch()
 
 
-def optimizer_step(recipe: Recipe, update: Update, moves_schedule: bool = True) -> None:
-    """Turns the gradients that are there into one step of the optimizer, and drops them."""
+def optimizer_step(recipe: Recipe, update: Update, *closure: Callable[[], Tensor], moves_schedule: bool = True) -> None:
+    """Turns the gradients that are there, or those of a closure, into one step of the optimizer, and drops them."""
     optimizer, hooks, schedule = update.optimizer, recipe.hooks, update.schedule
     if recipe.window is not None:
         recipe.window.close()
@@ -136,14 +136,14 @@ def optimizer_step(recipe: Recipe, update: Update, moves_schedule: bool = True) 
         recipe.scaler.unscale_(optimizer)
     for hook in hooks.on_before_optimizer_step:
         hook(optimizer)
-    if update.clip is not None:
+    if update.clip is not None and not closure:
         update.gradient_norm = update.clip()
     if schedule is not None:
         recipe.rates = recipe.rates | {update.rate_name: rate_of(optimizer)}
     if update.scaled_step is not None:
         recipe.is_scale_due |= update.scaled_step()
     else:
-        optimizer.step()
+        optimizer.step(*closure)
     if schedule is not None and moves_schedule:
         move_after_step(update)
     recipe.steps += 1
@@ -222,18 +222,7 @@ def closure_step(recipe: Recipe, batch: Batch) -> bool:
             update.gradient_norm = update.clip()
         return loss
 
-    for hook in hooks.on_before_optimizer_step:
-        hook(update.optimizer)
-    if update.schedule is not None:
-        recipe.rates = recipe.rates | {update.rate_name: rate_of(update.optimizer)}
-    update.optimizer.step(closure)
-    if update.schedule is not None:
-        update.schedule.after_step()
-    recipe.steps += 1
-    for hook in hooks.on_before_zero_grad:
-        hook(update.optimizer)
-    for parameter in update.parameters:
-        parameter.grad = None
+    optimizer_step(recipe, update, closure)
     return False
 
 

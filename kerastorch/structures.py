@@ -22,6 +22,11 @@ def map_structure(function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree)
 
 
+def detached(leaf: Any) -> Any:
+    """A tensor without its graph; what is no tensor stays as it is."""
+    return leaf.detach() if hasattr(leaf, "detach") else leaf
+
+
 def leaves(tree: Any) -> Iterator[Any]:
     """Yields the leaves of `tree` in order, `None` left out."""
     if isinstance(tree, Mapping):

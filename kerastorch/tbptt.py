@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .step import Batch, Recipe, optimizer_step, samples_in
-from .structures import leaves, map_structure
+from .structures import detached, leaves, map_structure
 
 TIME = 1  # the dim of time, behind that of samples
 
@@ -35,7 +35,7 @@ class TruncatedStep:
         length, samples, state = _length(batch), samples_in(batch[0]), None
         for x, target, weight in pieces(batch, length, self.steps):
             output, loss, state = self.compute(x, target, weight, state)
-            state = map_structure(_detached, state)
+            state = map_structure(detached, state)
             # A short last piece counts as long as it is.
             recipe.tracker.add(loss, output, target, samples * _length((x, target)), weight)
             for hook in recipe.hooks.on_before_backward:
@@ -77,7 +77,3 @@ def _length(batch: tuple) -> int:
                 f"Give a target for each step, shape ({len(leaf)}, {length}, ...)."
             )
     return length
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf

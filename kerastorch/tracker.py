@@ -15,7 +15,7 @@ from torch import Tensor
 from .history import Logs
 from .losses import Loss, OwnLoss, SumOfLosses
 from .metrics import Mean, Stateful, Sums
-from .structures import map_structure
+from .structures import detached, map_structure
 
 # Batches kept before they are summed: at most so many, and at most so many output values (1 MB of float32) together,
 # so that large outputs, say of a language model, are summed at once and never kept.
@@ -86,7 +86,7 @@ class Tracker:
         """
         if self._keeps_outputs:
             # Without its graph, so that keeping the output keeps no activations.
-            output = output.detach() if type(output) is Tensor else map_structure(_detached, output)
+            output = output.detach() if type(output) is Tensor else map_structure(detached, output)
             shape = (output.shape, target.shape) if type(output) is type(target) is Tensor else None
         else:
             output, shape = None, None if type(target) is dict else (None, getattr(target, "shape", None))
@@ -240,7 +240,3 @@ def _weight_at(weight: Any, key: Any, metric: Mean) -> Any:
 def copies(metrics: list[tuple[Any, Mean | Stateful]]) -> list[tuple[Any, Mean | Stateful]]:
     """The same metrics with states of their own: training and validation never count into one another."""
     return [(key, copy.deepcopy(metric) if isinstance(metric, Stateful) else metric) for key, metric in metrics]
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf

@@ -26,10 +26,11 @@ import kerastorch
 PACKAGE = Path(kerastorch.__file__).parent
 BELOW = {
     "__init__": {"backends", "callbacks", "history", "model", "schedules", "seeding"},
+    "arguments": {"structures", "tensors"},
     "model": {
-        "backends", "callbacks.base", "callbacks.progress", "checks", "compilation", "computation", "data", "history",
-        "loop", "losses", "metrics", "microbatch", "optimizers", "overrides", "patterns", "precision", "step",
-        "structures", "summary", "tbptt", "tensors", "tracker",
+        "arguments", "backends", "callbacks.base", "callbacks.progress", "checks", "compilation", "computation", "data",
+        "history", "loop", "losses", "metrics", "microbatch", "optimizers", "overrides", "patterns", "precision",
+        "step", "structures", "summary", "tbptt", "tensors", "tracker",
     },
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
     "jit": {"computation", "losses", "memory", "structures"},
