@@ -5,10 +5,12 @@ No loop and no maths: `fit` goes on in `loop.fit`, a step in `step.forward_backw
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +74,7 @@ class Model:
         optimizer: The torch optimizer, or a dict of them where `compile` was given several; `None` before `compile`,
             and before a lazy module has seen its first batch.
         stop_training: Set to `True`, by a callback say, to end the run after the running batch.
+        stop_epoch: Set to `True`, by a callback say, to end the epoch after the running batch.
         epochs_trained: Epochs finished over all calls of `fit`: the order of the next epoch depends on it.
     Example:
         >>> model = Model(nn.Linear(4, 1), backend="cpu").compile("sgd", "mse")
@@ -87,7 +90,7 @@ class Model:
         self.module = self.backend.place(module)
         self.history: History | None = None
         self.optimizer: torch.optim.Optimizer | dict[str, torch.optim.Optimizer] | None = None
-        self.stop_training = False
+        self.stop_training = self.stop_epoch = False
         self.epochs_trained = 0
         self._compiled: Compiled | None = None
         self._frozen: list[nn.Module] = []
@@ -97,6 +100,8 @@ class Model:
         self._running: Recipe | None = None
         self._own_step: OwnStep | None = None
         self._training_data: Data | None = None
+        self._training: Recipe | None = None
+        self._dry_run_folder: Path | None = None
 
     # Choosing.
 
@@ -497,6 +502,21 @@ class Model:
         return 0 if self._running is None else self._running.tracker.samples
 
     @property
+    def steps_taken(self) -> int:
+        """Optimizer steps of the running `fit`, or of the last one."""
+        return 0 if self._training is None else self._training.steps
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether a `fit(dry_run=...)` is running, of which nothing shall be left."""
+        return self._dry_run_folder is not None
+
+    def path_for(self, path: str | os.PathLike) -> Path:
+        """Where a callback shall write a file: `path` itself, or in a dry run a place that is gone afterwards."""
+        path = Path(path)
+        return path if self._dry_run_folder is None else self._dry_run_folder / path.relative_to(path.anchor)
+
+    @property
     def gradient_norm(self) -> Tensor | dict[str, Tensor] | None:
         """Norm of the last step's gradients before they were clipped, a scalar on the device.
 
@@ -845,12 +865,14 @@ class Model:
         gradients = [(parameter, parameter.grad if is_nested else None) for parameter in self.module.parameters()]
         self._drop_gradients()  # what a loop by hand before this one left there
         with self._computing(), self._as_before_unless_trained(training), self._shown(training):
-            outer = self._training_data, self._own_step
+            outer = self._training_data, self._own_step, self._training
             self._training_data, self._own_step = data, step if isinstance(step, OwnStep) else None
+            self._training = training
             try:
                 yield
             finally:
-                self._training_data, self._own_step = outer
+                self._training_data, self._own_step = outer[:2]
+                self._training = outer[2] if is_nested else training
                 for update, schedule, parked in before:
                     if update.scaled_step is not None:
                         update.scaled_step.settle()

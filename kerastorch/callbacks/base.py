@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,14 +30,23 @@ class Callback:
 
     model: Any = None
     params: dict[str, Any] | None = None
+    adds_to_logs: tuple[str, ...] | None = None
+    """Names that `on_epoch_end` puts into the logs, so that other callbacks can monitor them; `None` = not known."""
 
     def set_model(self, model: Any) -> None:
         """Called before the run with the `Model`."""
         self.model = model
 
     def set_params(self, params: dict[str, Any]) -> None:
-        """Called before the run with `{"verbose": ..., "epochs": ..., "steps": ...}`; steps may be `None`."""
+        """Called before the run with `{"verbose": ..., "epochs": ..., "steps": ...}`; `None` = not known."""
         self.params = params
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is resumed needs to know: tensors and plain data. Default: nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state_dict` returned, before `on_train_begin` of the run that goes on from there."""
 
     @_default
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
@@ -56,8 +65,12 @@ class Callback:
         """After an epoch and its validation; what you put into `logs` gets into the history."""
 
     @_default
-    def on_train_batch_begin(self, batch: int, logs: MutableMapping | None = None) -> None:
-        """Before a batch, counted from 0 in each epoch."""
+    def on_interval_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        """After each validation with `validation_freq` below 1 or `"N steps"`, with what `on_epoch_end` would have."""
+
+    @_default
+    def on_train_batch_begin(self, batch: int, logs: MutableMapping | None = None) -> int | None:
+        """Before a batch, counted from 0 in each epoch; return -1 to end the epoch without it."""
 
     @_default
     def on_train_batch_end(self, batch: int, logs: MutableMapping | None = None) -> None:
