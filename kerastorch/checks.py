@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,9 +14,9 @@ from .structures import named_leaves
 
 
 def refuse_nonpositive(**arguments: Any) -> None:
-    """Each argument must be an int of at least 1, or `None`; `epochs` cannot be `None`."""
+    """Each argument must be an int of at least 1, or `None`."""
     for name, value in arguments.items():
-        if value is None and name != "epochs":
+        if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}, expected a whole number. Give 1 or more.")
@@ -24,26 +24,13 @@ def refuse_nonpositive(**arguments: Any) -> None:
             raise ValueError(f"{name}={value} is less than 1. Give a whole number from 1 up.")
 
 
-def refuse_initial_epoch(initial_epoch: Any) -> None:
-    """It must be an int of at least 0."""
-    if isinstance(initial_epoch, bool) or not isinstance(initial_epoch, Integral) or initial_epoch < 0:
-        raise ValueError(
-            f"initial_epoch={initial_epoch!r} is not the number of an epoch. Give a whole number from 0 up."
-        )
-
-
-def refuse_validation(split: Any, freq: Any) -> None:
-    """`validation_split` must be a fraction, `validation_freq` a count or a collection of epochs."""
+def refuse_no_split(split: Any) -> None:
+    """`validation_split` must be a fraction."""
     if isinstance(split, bool) or not isinstance(split, Real) or not 0 <= split < 1:
         raise ValueError(
             f"validation_split={split!r} is not a fraction. Give a number from 0 up to but not including 1, "
             f"e.g. 0.1 for the last tenth."
         )
-    if isinstance(freq, Integral) and not isinstance(freq, bool) and freq >= 1:
-        return
-    if isinstance(freq, (list, tuple, set, range)) and all(isinstance(epoch, Integral) for epoch in freq):
-        return
-    raise ValueError(f"validation_freq={freq!r} is neither a number of epochs from 1 up nor a list of epochs.")
 
 
 def refuse_class_weight(class_weight: Any) -> None:
@@ -64,23 +51,24 @@ def refuse_accumulation(accumulate: Any, microbatch: Any, tbptt_steps: int | Non
                 f"accumulate={dict(accumulate)} says nothing about epoch 0. Give the first epochs a number of batches "
                 f"too, e.g. {{0: 1, ...}}."
             )
-        if not all(_is_count(epoch, least=0) for epoch in accumulate):
+        if not all(is_count(epoch, least=0) for epoch in accumulate):
             raise ValueError(f"accumulate={dict(accumulate)} has keys that are no epochs. Count them from 0.")
     else:
         counts = [accumulate]
-    if not all(map(_is_count, counts)):
+    if not all(map(is_count, counts)):
         raise ValueError(
             f"accumulate={accumulate!r} is no number of batches for a step. Give a whole number from 1 up, or "
             f"{{epoch: number}}."
         )
-    if microbatch is not None and microbatch != "auto" and not _is_count(microbatch):
+    if microbatch is not None and microbatch != "auto" and not is_count(microbatch):
         raise ValueError(
             f"microbatch={microbatch!r} is no number of samples. Give a whole number from 1 up, or 'auto'."
         )
     _refuse_pieces(tbptt_steps, has_own_step, accumulate, microbatch)
 
 
-def _is_count(value: Any, least: int = 1) -> bool:
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether it is a whole number from `least` up."""
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
@@ -166,13 +154,12 @@ def refuse_unlike(targets: Any, validation_targets: Any) -> None:
             )
 
 
-def refuse_second_pass(repeats: bool, steps: int | None, epochs: range, freq: int | Iterable[int]) -> None:
+def refuse_second_pass(repeats: bool, goes_on: bool, is_repeated: bool) -> None:
     """A generator of validation data cannot be gone through again after the next epoch."""
-    times = sum(is_due(epoch, freq) for epoch in epochs)
-    if not repeats and steps is None and times > 1:
+    if not repeats and not goes_on and is_repeated:
         raise ValueError(
-            f"validation_data is a generator, which ends after the first of {times} validations. "
-            f"Give validation_steps, a list, or a callable that makes a new one each time."
+            "validation_data is a generator, which ends after the first of several validations. "
+            "Give validation_steps, a list, or a callable that makes a new one each time."
         )
 
 
@@ -212,8 +199,3 @@ def refuse_two_averages(callbacks: list[Any]) -> None:
             f"callbacks {' and '.join(names)} would each leave their average in the module. Give one of them, or "
             f"EMA(swap=False), which leaves the module alone."
         )
-
-
-def is_due(epoch: int, freq: int | Iterable[int]) -> bool:
-    """Whether an epoch, 0-based, is validated: `freq` counts from 1, as Keras does."""
-    return (epoch + 1) % freq == 0 if isinstance(freq, Integral) else epoch + 1 in freq

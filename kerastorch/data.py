@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, count
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -141,12 +141,26 @@ def open_data(data: Any, y: Any, sample_weight: Any, reading: Reading) -> Data:
 
 
 def peek(data: Data) -> tuple[Batch, Data]:
-    """The first batch, and the data as it was before the look: a one-shot iterator gets its batch back."""
+    """The first batch, and the data as it was before the look."""
+    (first, *_), data = first_batches(data, 1)
+    return first, data
+
+
+def first_batches(data: Data, number: int | None) -> tuple[list[Batch], Data]:
+    """The first batches (`None` = all), and the data as it was: a one-shot iterator gets its batches back."""
     batches = data.batches(0)
-    first = next(batches, None)
-    if first is None:
+    first = list(islice(batches, number))
+    if not first:
         raise ValueError("the data is empty: it gave no batch, expected at least one.")
-    return first, data if data.repeats else replace(data, batches=lambda number: chain([first], batches))
+    whole = chain(first, batches)
+    return first, data if data.repeats else replace(data, batches=lambda number: whole)
+
+
+def in_order(data: Any) -> Any:
+    """A loader that torch shuffles, without the shuffling; anything else as it is."""
+    if isinstance(data, DataLoader) and _has_torchs_sampler(data):
+        return _loader_over(data.dataset, data, shuffled=False)
+    return data
 
 
 def split_tail(data: Any, y: Any, sample_weight: Any, fraction: float) -> tuple[tuple, tuple]:

@@ -58,12 +58,18 @@ class History:
         history: Name -> values, one for each epoch that had it: `{"loss": [0.9, 0.5], "val_loss": [1.0, 0.7]}`.
         epoch: Numbers of the epochs, 0-based.
         params: What the run was asked for: `{"verbose": 1, "epochs": 2, "steps": 313}`.
+        intervals: Where validation goes by batches, what was known after each: `{"epoch": 0, "batch": 99, "loss":
+            0.4, "val_loss": 0.5}`, both 0-based. An epoch in `history` has the last one within it.
+        stopped_by: Why the run ended before its last epoch: `"stop_training"`, `"max_steps"`, `"max_time"` or
+            `"interrupt"`; `None` = it did not.
     """
 
     def __init__(self, params: dict[str, Any] | None = None) -> None:
         self.history: dict[str, list] = {}
         self.epoch: list[int] = []
         self.params = params or {}
+        self.intervals: list[dict[str, Any]] = []
+        self.stopped_by: str | None = None
         self._epochs_of: dict[str, list[int]] = {}
 
     def record(self, epoch: int, logs: MutableMapping) -> None:

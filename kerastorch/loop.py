@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from .history import History
+from .limits import Ending, Frequency, Limits
 from .step import (
     Recipe,
     close_windows,
@@ -27,62 +30,92 @@ from .step import (
 from .structures import leaves, map_structure
 
 
+@dataclass
+class Validation:
+    """What is validated, and when.
+
+    Attributes:
+        evaluate: Runs it, until it is over or the run is: returns loss and metrics by name.
+        frequency: When.
+        intervals: What was known after each one within an epoch.
+        latest: What the last validation within the running epoch put into the logs.
+        batches_before: Training batches before the running epoch, where they are counted across epochs.
+    """
+
+    evaluate: Callable[[Ending], dict[str, Any]]
+    frequency: Frequency
+    intervals: list[dict[str, Any]] = field(default_factory=list)
+    latest: dict[str, Any] = field(default_factory=dict)
+    batches_before: int = 0
+
+
 def fit(
     model: Any,
     training: Recipe,
     epoch_batches: Callable[[], Iterable],
     history: History,
     *,
-    epochs: range,
-    steps_per_epoch: int | None,
-    validate: Callable[[SimpleNamespace], dict[str, Any]] | None,
-    is_validated: Callable[[int], bool],
+    limits: Limits,
+    steps_per_epoch: int | None = None,
+    validation: Validation | None = None,
     step: Callable = forward_backward,
 ) -> History:
     """Trains epoch by epoch.
 
     Args:
-        model: Its `stop_training` is heeded after each batch, its `epochs_trained` counted up.
+        model: Its `stop_training` and `stop_epoch` are heeded after each batch, its `epochs_trained` counted up.
         training: What a step is made of.
         epoch_batches: Called once for each epoch: its batches, on the device.
         history: Where the logs of each epoch go.
-        epochs: Numbers of the epochs, 0-based.
+        limits: Where the run ends.
         steps_per_epoch: Batches asked for in each epoch; `None` = all there are.
-        validate: Called where `is_validated(epoch)`: runs the validation and returns its logs.
+        validation: What is validated and when; `None` = nothing.
         step: `forward_backward` or what stands for it: called with recipe and batch, says whether the optimizer is due.
     """
-    hooks, logs = training.hooks, {}
-    with _interruptible() as interruption, announced_errors(hooks):
+    hooks, logs, ending = training.hooks, {}, Ending(model, training, limits)
+    if validation is not None:
+        history.intervals = validation.intervals
+    with _interruptible(ending), announced_errors(hooks):
         for hook in hooks.on_train_begin:
             hook({})
-        for epoch in epochs:
+        for epoch in limits.numbers:
+            model.stop_epoch = False
             for hook in hooks.on_epoch_begin:
                 hook(epoch, {})
             open_windows(training, epoch)
-            steps = train_epoch(model, training, step, epoch_batches(), interruption)
-            if steps == 0:
-                if not interruption.requested:
+            batches = () if model.stop_epoch else epoch_batches()
+            steps = train_epoch(model, training, step, epoch, batches, ending, validation)
+            if steps == 0 and not model.stop_epoch:
+                if not ending.is_due():
                     _say_that_data_ended(epoch, history)
                 break
             logs = training.tracker.result() | {name: float(rate) for name, rate in training.rates.items()}
-            if validate is not None and is_validated(epoch) and not interruption.requested:
-                logs |= _validation_logs(hooks, validate, interruption)
+            if validation is not None and not ending.is_interrupted:
+                logs |= _validation_logs(training, validation, epoch, ending)
             move_schedules(training, logs)
             for hook in hooks.on_epoch_end:
                 hook(epoch, logs)
             history.record(epoch, logs)
             _warn_of_lost_loss(epoch, history)
             model.epochs_trained += 1
-            if model.stop_training or interruption.requested:
+            ending.epochs_done = epoch + 1
+            if ending.is_due() or _has_run_dry(model, epoch, steps, steps_per_epoch, limits):
                 break
-            if _is_short(steps, steps_per_epoch, epoch):
-                break
+        history.stopped_by = ending.reason
         for hook in hooks.on_train_end:
             hook(logs)
     return history
 
 
-def train_epoch(model: Any, training: Recipe, step: Callable, batches: Iterable, interruption: SimpleNamespace) -> int:
+def train_epoch(
+    model: Any,
+    training: Recipe,
+    step: Callable,
+    epoch: int,
+    batches: Iterable,
+    ending: Ending,
+    validation: Validation | None,
+) -> int:
     """Trains on each batch of one epoch and returns how many there were."""
     hooks, tracker = training.hooks, training.tracker
     set_modes(training)
@@ -90,22 +123,35 @@ def train_epoch(model: Any, training: Recipe, step: Callable, batches: Iterable,
     index = -1
     try:
         for index, batch in enumerate(batches):
-            for hook in hooks.on_train_batch_begin:
-                hook(index, {})
+            if hooks.on_train_batch_begin and _end_epoch_before(index, hooks):
+                model.stop_epoch = True
+                index -= 1
+                break
             if step(training, batch):
                 optimizer_step(training, training.updates[""])
             if hooks.on_train_batch_end:
                 logs = tracker.logs(training.rates)
                 for hook in hooks.on_train_batch_end:
                     hook(index, logs)
-            if model.stop_training or interruption.requested:
+            if validation is not None and validation.frequency.batches is not None:
+                _validate_within(training, validation, epoch, index, ending)
+            if model.stop_epoch or ((model.stop_training or ending.is_near) and ending.is_due()):
                 break
     except KeyboardInterrupt:
-        if interruption.requested:  # the second one: at once
+        if ending.is_interrupted:  # the second one: at once
             raise
-        interruption.requested = True
+        ending.interrupt()
     close_windows(training)
     return index + 1
+
+
+def _end_epoch_before(index: int, hooks: SimpleNamespace) -> bool:
+    """Calls the hooks before a batch: whether one of them wants the epoch to end without it."""
+    ends = False
+    for hook in hooks.on_train_batch_begin:
+        returned = hook(index, {})
+        ends |= isinstance(returned, int) and returned == -1
+    return ends
 
 
 def _without_objects(output: Any) -> Any:
@@ -115,13 +161,38 @@ def _without_objects(output: Any) -> Any:
     return {name: part for name, part in output.items() if all(isinstance(leaf, torch.Tensor) for leaf in leaves(part))}
 
 
-def _validation_logs(hooks: SimpleNamespace, validate: Callable, interruption: SimpleNamespace) -> dict[str, Any]:
-    for hook in hooks.on_validation_begin:
+def _validation_logs(training: Recipe, validation: Validation, epoch: int, ending: Ending) -> dict[str, Any]:
+    """After the last batch of an epoch: what its validation adds to the logs, or the last one within it."""
+    if validation.frequency.is_due_after(epoch):
+        return _validated(training, validation, ending)
+    latest, validation.latest = validation.latest, {}
+    return latest
+
+
+def _validate_within(training: Recipe, validation: Validation, epoch: int, index: int, ending: Ending) -> None:
+    """After a batch: validates if so many have gone by."""
+    frequency = validation.frequency
+    if frequency.goes_on:
+        validation.batches_before += 1
+    if (validation.batches_before if frequency.goes_on else index + 1) % frequency.batches:
+        return
+    validation.latest = _validated(training, validation, ending)
+    set_modes(training)
+    if ending.is_interrupted:
+        return
+    logs = training.tracker.logs(training.rates | validation.latest)
+    for hook in training.hooks.on_interval_end:
+        hook(epoch, logs)
+    validation.intervals.append({"epoch": epoch, "batch": index, **logs})
+
+
+def _validated(training: Recipe, validation: Validation, ending: Ending) -> dict[str, Any]:
+    for hook in training.hooks.on_validation_begin:
         hook({})
-    values = validate(interruption)
-    for hook in hooks.on_validation_end:
+    values = validation.evaluate(ending)
+    for hook in training.hooks.on_validation_end:
         hook(values)
-    if interruption.requested:  # they are means over a part of the data
+    if ending.is_interrupted:  # they are means over a part of the data
         return {}
     return {f"val_{name}": value for name, value in values.items()}
 
@@ -134,7 +205,7 @@ def set_modes(training: Recipe) -> None:
 
 
 @torch.no_grad()
-def evaluate(evaluation: Recipe, batches: Iterable, interruption: SimpleNamespace | None = None) -> dict[str, Any]:
+def evaluate(evaluation: Recipe, batches: Iterable, ending: Ending | None = None) -> dict[str, Any]:
     """Loss and metrics over all batches, or over those before an interruption, as `{name: value}`."""
     hooks, tracker = evaluation.hooks, evaluation.tracker
     evaluation.module.eval()
@@ -150,7 +221,7 @@ def evaluate(evaluation: Recipe, batches: Iterable, interruption: SimpleNamespac
             logs = tracker.logs({})
             for hook in hooks.on_test_batch_end:
                 hook(index, logs)
-        if interruption is not None and interruption.requested:
+        if ending is not None and ending.is_interrupted:
             break
     if index < 0:
         raise ValueError("the data to evaluate is empty: it gave no batch, expected at least one.")
@@ -180,14 +251,13 @@ def predict(module: torch.nn.Module, network: Callable, hooks: Any, batches: Ite
 
 
 @contextmanager
-def _interruptible() -> Iterator[SimpleNamespace]:
+def _interruptible(ending: Ending) -> Iterator[None]:
     """Ctrl-C asks for the end, so that the running step can finish; a second one raises `KeyboardInterrupt`."""
-    interruption = SimpleNamespace(requested=False)
 
     def interrupt(number: int, frame: Any) -> None:
-        if interruption.requested:
+        if ending.is_interrupted:
             raise KeyboardInterrupt
-        interruption.requested = True
+        ending.interrupt()
 
     # Python allows handlers in the main thread only; one that the user installed stays.
     is_ours = threading.current_thread() is threading.main_thread()
@@ -195,7 +265,7 @@ def _interruptible() -> Iterator[SimpleNamespace]:
     if is_ours:
         signal.signal(signal.SIGINT, interrupt)
     try:
-        yield interruption
+        yield
     finally:
         if is_ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -203,13 +273,37 @@ def _interruptible() -> Iterator[SimpleNamespace]:
 
 @contextmanager
 def announced_errors(hooks: SimpleNamespace) -> Iterator[None]:
-    """Tells the callbacks of an error that is about to end the run."""
+    """Tells the callbacks of an error that is about to end the run, and names in it the one that raised it."""
     try:
         yield
     except BaseException as error:
+        _name_callback(error, hooks)
         for hook in hooks.on_exception:
-            hook(error)
+            try:
+                hook(error)
+            except Exception as another:  # those behind it still have files to close
+                warnings.warn(f"{_owner(hook)} failed too, with {another!r}.", stacklevel=4)
         raise
+
+
+def _name_callback(error: BaseException, hooks: SimpleNamespace) -> None:
+    """Adds the callback in whose hook an error was raised to its message."""
+    by_code = {hook.__code__: hook for table in vars(hooks).values() for hook in table if hasattr(hook, "__code__")}
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    hook = next((by_code[frame.f_code] for frame in frames if frame.f_code in by_code), None)
+    if hook is None or not isinstance(error, Exception):
+        return
+    note = f"raised in {_owner(hook)}"
+    if len(error.args) <= 1 and all(isinstance(argument, str) for argument in error.args):
+        error.args = (" ".join([*error.args, f"({note})"]),)
+    elif hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(note)
+
+
+def _owner(hook: Callable) -> str:
+    """Which hook of which callback it is."""
+    callback = getattr(hook, "__self__", None)
+    return f"{type(callback).__name__}.{hook.__name__}" if callback is not None else f"hook {hook.__qualname__}"
 
 
 def _warn_of_lost_loss(epoch: int, history: History) -> None:
@@ -222,8 +316,13 @@ def _warn_of_lost_loss(epoch: int, history: History) -> None:
         )
 
 
-def _is_short(steps: int, steps_per_epoch: int | None, epoch: int) -> bool:
-    """Whether the data ended within an epoch, which is said."""
+def _has_run_dry(model: Any, epoch: int, steps: int, steps_per_epoch: int | None, limits: Limits) -> bool:
+    """Whether nothing would come of another epoch: the data ended within this one, which is said, or nobody wants any.
+
+    A run without a last epoch in which epochs end at once would never end.
+    """
+    if model.stop_epoch:
+        return steps == 0 and limits.epochs is None
     is_short = steps_per_epoch is not None and steps < steps_per_epoch
     if is_short:
         warnings.warn(f"the data ended after {steps} of {steps_per_epoch} steps in epoch {epoch + 1}.", stacklevel=4)

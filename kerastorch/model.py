@@ -5,9 +5,13 @@ No loop and no maths: `fit` goes on in `loop.fit`, a step in `step.forward_backw
 
 from __future__ import annotations
 
+import copy
+import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from . import backends, checks, loop, optimizers
+from . import backends, checks, limits, loop, optimizers
 from . import losses as named_losses
 from . import metrics as named_metrics
 from . import precision as precisions
@@ -37,12 +41,13 @@ from .callbacks.base import hooks_of
 from .callbacks.progress import is_notebook, progress_for
 from .compilation import Compiled
 from .computation import Overridden
-from .data import Data, Reading, open_data, peek, split_tail
+from .data import Data, Reading, first_batches, in_order, open_data, peek, split_tail
 from .history import History
 from .microbatch import PiecewiseStep
 from .overrides import OwnStep
 from .patterns import norms_inside, parameters_of
 from .precision import scaled_backward
+from .seeding import random_state_kept
 from .step import (
     Recipe,
     Update,
@@ -235,21 +240,28 @@ class Model:
         data: Any,
         y: Any = None,
         *,
-        epochs: int = 1,
+        epochs: int | None = None,
         batch_size: int | None = None,
         accumulate: int | Mapping[int, int] = 1,
         microbatch: int | str | None = None,
         callbacks: Any = (),
         validation_data: Any = None,
         validation_split: float = 0.0,
-        validation_freq: int | Iterable[int] = 1,
+        validation_freq: int | float | str | Iterable[int] = 1,
         shuffle: bool = True,
         class_weight: Mapping[int, float] | None = None,
         sample_weight: Any = None,
         initial_epoch: int = 0,
-        steps_per_epoch: int | None = None,
-        validation_steps: int | None = None,
+        steps_per_epoch: int | float | None = None,
+        validation_steps: int | float | None = None,
         validation_batch_size: int | None = None,
+        min_epochs: int | None = None,
+        min_steps: int | None = None,
+        max_steps: int | None = None,
+        max_time: float | str | timedelta | Mapping[str, float] | None = None,
+        sanity_steps: int = 0,
+        overfit_batches: int | float = 0,
+        dry_run: bool | int = False,
         verbose: int | str = "auto",
     ) -> History:
         """Trains the module; a second call goes on where the first ended.
@@ -260,6 +272,7 @@ class Model:
                 that returns one of these and is called anew for each epoch.
             y: Targets of arrays, shape (samples, ...); or the name of the target's column where samples are mappings.
             epochs: Number of the epoch to end before, as in Keras: with `initial_epoch=2`, `epochs=5` trains three.
+                `None` = 1, or as many as `max_steps` and `max_time` take.
             batch_size: Samples in a batch of arrays or a dataset; `None` = 32, beside `steps_per_epoch` too (Keras
                 divides the samples by the steps there). Loaders bring their own.
             accumulate: Batches for each optimizer step, whose gradient is that of one large batch; or
@@ -269,14 +282,27 @@ class Model:
             callbacks: `Callback`s, or Keras's.
             validation_data: Any form that `data` may have. Default: none.
             validation_split: Share of the samples cut off the end, before shuffling, to validate on.
-            validation_freq: Validate after every so many epochs, or after the epochs in a list, counted from 1.
+            validation_freq: Validate after every so many epochs, or after the epochs in a list, counted from 1; within
+                epochs after a fraction of one (`0.25`), or after training batches, counted on across epochs
+                (`"100 steps"`).
             shuffle: Whether each epoch has a new order (arrays and datasets; loaders keep theirs).
             class_weight: `{class index: weight}`, for the loss of training.
             sample_weight: Weights of arrays, shape (samples,): the loss is `sum(weight * loss) / samples`.
             initial_epoch: Number of the first epoch, 0-based.
-            steps_per_epoch: Batches in an epoch; the next one goes on in the data where it ended. `None` = one pass.
-            validation_steps: Batches of a validation; `None` = one pass.
+            steps_per_epoch: Batches in an epoch; the next one goes on in the data where it ended. A fraction: that part
+                of each pass, in its order. `None` = one pass.
+            validation_steps: Batches of a validation, or a fraction of those there are; 0 = none. `None` = all.
             validation_batch_size: As `batch_size`, for validation; `None` = `batch_size`.
+            min_epochs, min_steps: Epochs and optimizer steps before which `stop_training` (`EarlyStopping`) has to wait.
+            max_steps: Optimizer steps to end after, in the middle of an epoch too. A batch is finished.
+            max_time: Time to end after: seconds, `"DD:HH:MM:SS"`, a `timedelta` or a dict of its keywords. The running
+                batch is finished, and the epoch validated.
+            sanity_steps: Batches to validate on before training, to find mistakes early; nothing of it is kept. -1 =
+                all.
+            overfit_batches: So many batches, or that fraction of them, to train and validate on, always the same first
+                ones, unshuffled: a model that is right can learn them by heart. 0 = all the data.
+            dry_run: `True` or a number of batches: one epoch of so many, the validation, all callbacks and saving and
+                loading are tried; the model is afterwards as it was, and no file is left.
             verbose: 0 = silent, 1 = a live line, 2 = a line for each epoch, `"auto"` = 1 on a terminal, else 2.
         Returns:
             The `History`, also in `model.history`.
@@ -286,43 +312,45 @@ class Model:
         Source: semantics of `keras.Model.fit`.
         """
         self._refuse_uncompiled("fit")
-        checks.refuse_nonpositive(epochs=epochs, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
-        checks.refuse_nonpositive(validation_steps=validation_steps, validation_batch_size=validation_batch_size)
-        checks.refuse_validation(validation_split, validation_freq)
-        checks.refuse_initial_epoch(initial_epoch)
+        bounds = limits.limits(epochs, initial_epoch, min_epochs, min_steps, max_steps, max_time, dry_run)
+        checks.refuse_nonpositive(batch_size=batch_size, validation_batch_size=validation_batch_size)
+        checks.refuse_no_split(validation_split)
         checks.refuse_class_weight(class_weight)
         checks.refuse_accumulation(accumulate, microbatch, self._compiled.tbptt_steps, self._overrides("train_step"))
-        callbacks, epoch_numbers = as_list(callbacks), range(initial_epoch, epochs)
+        limits.refuse_no_amounts(steps_per_epoch, validation_steps, sanity_steps, overfit_batches, dry_run)
+        callbacks = as_list(callbacks)
 
-        reading = self._reading(batch_size, shuffle=shuffle, class_weight=class_weight)
+        reading = self._reading(batch_size, shuffle=shuffle and not overfit_batches, class_weight=class_weight)
         held_out = as_pair(validation_data), validation_split, validation_batch_size
-        training_data, validation = self._open((data, y, sample_weight), reading, held_out, callbacks)
-        if validation is not None:
-            checks.refuse_second_pass(validation.repeats, validation_steps, epoch_numbers, validation_freq)
+        opened, validated = self._open((data, y, sample_weight), reading, held_out, callbacks, overfit_batches)
+        taken = limits.portion("steps_per_epoch", steps_per_epoch, opened.steps, dry_run)
+        when = limits.frequency(1 if dry_run else validation_freq, taken.batches)
+        if validation_steps == 0:
+            validated = None
+        if validated is not None:
+            checked = limits.portion("validation_steps", validation_steps, validated.steps, dry_run)
+            checks.refuse_second_pass(validated.repeats, checked.goes_on, when.is_repeated_in(bounds))
 
-        batches = steps_per_epoch or training_data.steps
-        params = {"verbose": verbose, "epochs": epochs, "steps": batches}
-        training_data = self._with_optimizer(training_data)
-        self._refuse_unfit(callbacks, validation is not None)
+        params = {"verbose": verbose, "epochs": bounds.epochs, "steps": taken.batches}
+        opened = self._with_optimizer(opened)
+        self._refuse_unfit(callbacks, validated is not None)
         hooks = self._hooks(callbacks, verbose, params)
-        evaluation = self._recipe(self._evaluation_tracker, hooks)
-        training = self._training_recipe(self._training_tracker, hooks, accumulate, batches, microbatch)
+        training = self._training_recipe(self._training_tracker, hooks, accumulate, taken.batches, microbatch)
         step = self._step(training, accumulate, microbatch)
-        self._expect(training_data, validation)
-        pieces = self._pieces_in(training_data, batches)
-        with self._run(training, step, training_data):
-            self._begin_schedules(training, pieces, accumulate, epochs, initial_epoch)
+        with self._leaving_no_trace(dry_run), self._run(training, step, opened):
+            validation = validated and self._validation(validated, checked.batches, when, hooks, sanity_steps)
+            self._expect(opened, validated)
+            self._begin_schedules(training, self._pieces_in(opened, taken.batches), accumulate, bounds)
             self.history, self.stop_training = History(params), False
             self.epochs_trained = max(self.epochs_trained, initial_epoch)
             history = loop.fit(
                 self,
                 training,
-                self._epochs(training_data, steps_per_epoch),
+                self._epochs(opened, taken),
                 self.history,
-                epochs=epoch_numbers,
-                steps_per_epoch=steps_per_epoch,
-                validate=validation and partial(self._validate, evaluation, validation, validation_steps),
-                is_validated=partial(checks.is_due, freq=validation_freq),
+                limits=bounds,
+                steps_per_epoch=taken.batches if taken.goes_on else None,
+                validation=validation,
                 step=step,
             )
             self.history = history  # again: Keras's History puts itself there
@@ -687,9 +715,20 @@ class Model:
         )
 
     def _open(
-        self, source: tuple, reading: Reading, held_out: tuple[Any, float, int | None], callbacks: list
+        self,
+        source: tuple,
+        reading: Reading,
+        held_out: tuple[Any, float, int | None],
+        callbacks: list,
+        overfit_batches: int | float,
     ) -> tuple[Data, Data | None]:
-        """The data to train on, and that to validate on: given by itself, or split off, or none."""
+        """The data to train on, and that to validate on: given by itself, or split off, or none, or the same."""
+        if overfit_batches:
+            opened = open_data(in_order(source[0]), *source[1:], reading)
+            number = limits.portion("overfit_batches", overfit_batches, opened.steps).batches
+            batches, _ = first_batches(opened, number)
+            opened = Data(lambda number: iter(batches), len(batches), opened.targets)
+            return opened, opened
         (validation_data, fraction, batch_size), y = held_out, source[1]
         validation_source = validation_data, y if isinstance(y, str) else None, None
         if fraction and validation_data is None:
@@ -768,15 +807,18 @@ class Model:
             return closure_step
         return forward_backward if microbatch is None else PiecewiseStep(microbatch)
 
-    def _begin_schedules(
-        self, training: Recipe, batches: int | None, accumulate: Any, epochs: int, initial_epoch: int
-    ) -> None:
+    def _begin_schedules(self, training: Recipe, batches: int | None, accumulate: Any, bounds: limits.Limits) -> None:
         """Starts the schedules of a run, over as many optimizer steps as it will have."""
-        in_epoch = [batches and -(-batches // checks.size_at(accumulate, epoch)) for epoch in range(epochs)]
-        total = sum(in_epoch) if batches else None
+
+        def steps_before(epoch: int) -> int:
+            return sum(-(-batches // checks.size_at(accumulate, one)) for one in range(epoch)) if batches else 0
+
+        done = steps_before(bounds.first_epoch)
+        by_epochs = steps_before(bounds.epochs) if batches and bounds.epochs is not None else math.inf
+        total = min(by_epochs, done + bounds.max_steps)
         for update in self._compiled.updates.values():
             if update.schedule is not None:
-                update.schedule.begin(total, sum(in_epoch[:initial_epoch]) if batches else 0)
+                update.schedule.begin(None if total == math.inf else int(total), done)
                 training.rates[update.rate_name] = rate_of(update.optimizer)
 
     def _pieces_in(self, opened: Data, batches: int | None) -> int | None:
@@ -792,12 +834,12 @@ class Model:
         """The module, computing in the precision that was compiled."""
         return self.module if self._compiled is None else self._compiled.network
 
-    def _epochs(self, opened: Data, steps_per_epoch: int | None) -> Callable[[], Iterator]:
+    def _epochs(self, opened: Data, taken: limits.Portion) -> Callable[[], Iterator]:
         """A function that gives the batches of one epoch after the other."""
-        if steps_per_epoch is None:
-            return lambda: self._batches(opened.batches(self.epochs_trained))
+        if not taken.goes_on:
+            return lambda: self._batches(islice(opened.batches(self.epochs_trained), taken.batches))
         stream = opened.stream(self.epochs_trained)
-        return lambda: self._batches(islice(stream, steps_per_epoch))
+        return lambda: self._batches(islice(stream, taken.batches))
 
     def _batches(self, batches: Iterable, is_evaluated: bool = False) -> Iterator:
         fed = self.backend.feed(batches)
@@ -806,10 +848,25 @@ class Model:
         is_plain = not self._overrides("compute_loss") and (is_evaluated or not self._overrides("train_step"))
         return map(targets_as_inputs if is_plain else with_labels, fed)
 
-    def _validate(self, evaluation: Recipe, validation: Data, steps: int | None, interruption: Any) -> dict[str, Any]:
+    def _validation(
+        self, validated: Data, steps: int | None, when: limits.Frequency, hooks: Any, sanity_steps: int
+    ) -> loop.Validation:
+        """What the loop validates, once it was tried on a few batches of which nobody hears."""
+        if sanity_steps:
+            tried, number = (
+                self._recipe(self._evaluation_tracker, NO_HOOKS),
+                None if sanity_steps == -1 else sanity_steps,
+            )
+            with random_state_kept():
+                batches, validated = first_batches(validated, number)
+                self._validate(tried, Data(lambda number: iter(batches)), None)
+        evaluation = self._recipe(self._evaluation_tracker, hooks)
+        return loop.Validation(partial(self._validate, evaluation, validated, steps), when)
+
+    def _validate(self, evaluation: Recipe, validated: Data, steps: int | None, ending: Any = None) -> dict[str, Any]:
         with self._shown(evaluation):
-            batches = self._batches(islice(validation.batches(0), steps), is_evaluated=True)
-            return loop.evaluate(evaluation, batches, interruption)
+            batches = self._batches(islice(validated.batches(0), steps), is_evaluated=True)
+            return loop.evaluate(evaluation, batches, ending)
 
     def _inputs(self, data: Any) -> Any:
         """`data` for `predict`, where arrays in a tuple or list are several inputs if the module takes as many.
@@ -860,7 +917,9 @@ class Model:
     @contextmanager
     def _run(self, training: Recipe, step: Callable, data: Data) -> Iterator[None]:
         """Everything that holds while the module is trained."""
-        before = [(update, update.schedule, update.parked) for update in training.updates.values()]
+        before = [(update, update.schedule, update.parked, update.steps) for update in training.updates.values()]
+        for update in training.updates.values():
+            update.steps = 0
         is_nested = self._running is not None  # a batch that a callback trains on: the run around it goes on after it
         gradients = [(parameter, parameter.grad if is_nested else None) for parameter in self.module.parameters()]
         self._drop_gradients()  # what a loop by hand before this one left there
@@ -873,14 +932,34 @@ class Model:
             finally:
                 self._training_data, self._own_step = outer[:2]
                 self._training = outer[2] if is_nested else training
-                for update, schedule, parked in before:
+                for update, schedule, parked, steps in before:
                     if update.scaled_step is not None:
                         update.scaled_step.settle()
                     update.schedule, update.parked = schedule, parked if is_nested else None
+                    update.steps = steps
                 if training.scaler is not None:
                     precisions.forget_steps(training.scaler)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+    @contextmanager
+    def _leaving_no_trace(self, dry_run: bool | int) -> Iterator[None]:  # TODO-merge
+        """In a dry run callbacks write into a folder that is gone afterwards, and the model is then as it was."""
+        if not dry_run:
+            yield
+            return
+        history, epochs_trained = self.history, self.epochs_trained
+        state = copy.deepcopy(state_of(self))
+        with tempfile.TemporaryDirectory() as folder, random_state_kept():
+            self._dry_run_folder = Path(folder)
+            try:
+                yield
+                self.save(self._dry_run_folder / "checkpoint.pt")
+                self.load(self._dry_run_folder / "checkpoint.pt")
+            finally:
+                restore(self, state)
+                self._dry_run_folder = None
+                self.history, self.epochs_trained = history, epochs_trained
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

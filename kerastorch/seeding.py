@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,32 +13,74 @@ import torch
 _order_seed: int | None = None
 
 
-def set_seed(seed: int, deterministic: bool = False) -> None:
-    """Seeds Python, numpy, torch (every device) and the order in which `fit` visits the data.
+def set_seed(seed: int, deterministic: bool | str | None = None, *, benchmark: bool | None = None) -> None:
+    """Seeds Python, numpy, torch (every device), data workers, and the order in which `fit` visits the data.
+
+    A `DataLoader` seeds its workers from torch: with one seed each worker draws the same random numbers in every run,
+    of Python, numpy and torch, and others in each epoch.
 
     Args:
         seed: An int from 0 up to but not including 2**32 (numpy's range).
-        deterministic: `True` makes torch use deterministic algorithms only, and raise where there is none;
-            `False` leaves that setting as it is. Default: `False`.
+        deterministic: `True` makes torch use deterministic algorithms only, and raise where there is none; `"warn"`
+            warns there; `False` allows all. `None` = as it is. Default: `None`.
+        benchmark: `True` has cuDNN time its algorithms for each new shape and take the fastest: faster where shapes
+            stay, but the choice, and with it the rounding, may differ between runs. `None` = as it is, and off where
+            `deterministic` is on. Default: `None`.
     Raises:
-        ValueError: `seed` is outside of the range.
+        ValueError: `seed` is outside of the range, or the fastest algorithms are wanted deterministic.
     Example:
         >>> set_seed(0)
         >>> first = torch.rand(1)
         >>> set_seed(0)
         >>> bool(first == torch.rand(1))
         True
+
+    Source: torch's notes on reproducibility.
     """
     global _order_seed
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r} is not a seed. Give an int from 0 to 4294967295, numpy's largest.")
+    _choose_algorithms(deterministic, benchmark)
     _order_seed = int(seed)
     random.seed(_order_seed)
     np.random.seed(_order_seed)
     torch.manual_seed(_order_seed)
-    if deterministic:
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+
+
+def _choose_algorithms(deterministic: bool | str | None, benchmark: bool | None) -> None:
+    if not any(deterministic is known for known in (None, True, False)) and deterministic != "warn":
+        raise ValueError(f'deterministic={deterministic!r} is not known. Give True, False, "warn" or None.')
+    if not any(benchmark is known for known in (None, True, False)):
+        raise ValueError(f"benchmark={benchmark!r} is not known. Give True, False or None.")
+    if deterministic and benchmark:
+        raise ValueError(
+            f"deterministic={deterministic!r} and benchmark=True contradict each other: cuDNN takes what was fastest "
+            f"this time. Give one of them."
+        )
+    if deterministic is not None:
+        # Read by cuBLAS when its first handle is made; without it torch refuses matrix products on the GPU.
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
+        torch.backends.cudnn.deterministic = bool(deterministic)
+    if benchmark is not None or deterministic:
+        torch.backends.cudnn.benchmark = bool(benchmark)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """The random numbers of Python, numpy and torch, on every device, are afterwards what they were before."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = [torch.cuda.get_rng_state(device) for device in devices]
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
+        torch.set_rng_state(cpu)
+        for device, state in zip(devices, cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
 
 
 def epoch_order(samples: int, epoch: int) -> torch.Tensor:

@@ -37,6 +37,7 @@ class Update:
         rate_name: What its rate is called in the logs.
         parked: Gathers its gradients where it is one of several and a step takes more than one batch; else `None`.
         gradient_norm: What `clip` returned at the last step: a scalar on the device.
+        steps: How many it has taken in the running `fit`.
     """
 
     optimizer: torch.optim.Optimizer
@@ -47,6 +48,7 @@ class Update:
     rate_name: str = "lr"
     parked: Parked | None = None
     gradient_norm: Tensor | None = None
+    steps: int = 0
 
     def in_groups(self) -> list[nn.Parameter]:
         """The parameters that the optimizer has."""
@@ -73,7 +75,7 @@ class Recipe:
         window: Gathers gradients in the running epoch; `None` where each batch makes a step, or several optimizers do.
         frozen: Submodules that stay in eval mode.
         rates: Learning rates of the last step where something changes them, for the logs.
-        steps: Optimizer steps taken so far in this run.
+        steps: Optimizer steps taken so far in this run; of several optimizers, those of the one that took most.
         samples: Samples in the running batch, for values of the user's own.
         is_scale_due: Whether optimizers have stepped since the scale was last adapted.
     """
@@ -146,7 +148,8 @@ def optimizer_step(recipe: Recipe, update: Update, *closure: Callable[[], Tensor
         optimizer.step(*closure)
     if schedule is not None and moves_schedule:
         move_after_step(update)
-    recipe.steps += 1
+    update.steps += 1
+    recipe.steps = max(recipe.steps, update.steps)
     for hook in hooks.on_before_zero_grad:
         hook(optimizer)
     for parameter in update.parameters:  # what `optimizer.zero_grad()` does, for a tenth of its time

@@ -1,6 +1,6 @@
 """Who may import whom: downwards only, so that each file can be read knowing only those below it.
 
-    __init__ > model > loop > step > tracker > metrics > losses > targets    loop > history
+    __init__ > model > loop > step > tracker > metrics > losses > targets    loop > history, limits
                      > compilation > jit > computation > step > accumulation > losses
                                    > optimizers > patterns     > precision > structures
                                    > schedules
@@ -29,8 +29,8 @@ BELOW = {
     "arguments": {"structures", "tensors"},
     "model": {
         "arguments", "backends", "callbacks.base", "callbacks.progress", "checks", "compilation", "computation", "data",
-        "history", "loop", "losses", "metrics", "microbatch", "optimizers", "overrides", "patterns", "precision",
-        "step", "structures", "summary", "tbptt", "tensors", "tracker",
+        "history", "limits", "loop", "losses", "metrics", "microbatch", "optimizers", "overrides", "patterns",
+        "precision", "seeding", "step", "structures", "summary", "tbptt", "tensors", "tracker",
     },
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
     "jit": {"computation", "losses", "memory", "structures"},
@@ -38,7 +38,8 @@ BELOW = {
     "microbatch": {"accumulation", "memory", "step", "structures"},
     "tbptt": {"step", "structures"},
     "overrides": {"accumulation", "checks", "optimizers", "precision", "step"},
-    "loop": {"history", "step", "structures"},
+    "loop": {"history", "limits", "step", "structures"},
+    "limits": {"checks", "durations"},
     "step": {"accumulation", "losses", "precision", "structures", "tracker"},
     "accumulation": {"losses"},
     "precision": {"structures"},

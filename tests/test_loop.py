@@ -79,6 +79,128 @@ def test_a_stop_at_the_end_of_an_epoch_ends_the_run():
     ]
 
 
+def test_hooks_of_a_run_that_ends_by_max_steps_come_in_order():
+    callback, calls = recorder()
+    _, history = run(callback, epochs=9, max_steps=3, validation_data=(torch.rand(4, 3), torch.rand(4, 1)))
+    first = [("on_epoch_begin", 0), *batch(0), *batch(1), *validation(1), ("on_epoch_end", 0)]
+    second = [("on_epoch_begin", 1), *batch(0), *validation(1), ("on_epoch_end", 1)]
+    assert calls == [("on_train_begin",), *first, *second, ("on_train_end",)]
+    assert history.stopped_by == "max_steps"
+
+
+def test_hooks_of_a_run_that_ends_by_max_time_come_in_order():
+    callback, calls = recorder(on_after_backward=lambda self: time.sleep(0.03))
+    _, history = run(callback, epochs=9, max_time=0.02, validation_data=(torch.rand(4, 3), torch.rand(4, 1)))
+    epoch = [("on_epoch_begin", 0), *batch(0), *validation(1), ("on_epoch_end", 0)]
+    assert calls == [("on_train_begin",), *epoch, ("on_train_end",)]
+    assert history.stopped_by == "max_time"
+
+
+def test_hooks_of_a_validation_within_an_epoch_come_between_the_batches():
+    callback, calls = recorder()
+    run(callback, epochs=1, validation_data=(torch.rand(4, 3), torch.rand(4, 1)), validation_freq="1 steps")
+    interval = [*validation(1), ("on_interval_end", 0)]
+    epoch = [("on_epoch_begin", 0), *batch(0), *interval, *batch(1), *interval, ("on_epoch_end", 0)]
+    assert calls == [("on_train_begin",), *epoch, ("on_train_end",)]
+
+
+def test_hooks_of_an_epoch_ended_before_a_batch_come_in_order():
+    callback, calls = recorder()
+    skip = kt.Callback()
+    skip.on_train_batch_begin = lambda index, logs=None: -1
+    x, y = torch.rand(6, 3), torch.rand(6, 1)
+    model = kt.Model(nn.Linear(3, 1)).compile("sgd", "mse")
+    model.fit(x, y, epochs=2, validation_data=(x, y), callbacks=[callback, skip], verbose=0)
+    epoch = lambda n: [  # noqa: E731
+        ("on_epoch_begin", n), ("on_train_batch_begin", 0), *validation(1), ("on_epoch_end", n)
+    ]  # fmt: skip
+    assert calls == [("on_train_begin",), *epoch(0), *epoch(1), ("on_train_end",)]
+
+
+def test_hooks_of_a_run_ended_by_ctrl_c_come_in_order():
+    def interrupt(self, index, logs):
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    callback, calls = recorder(on_train_batch_begin=interrupt)
+    _, history = run(callback, validation_data=(torch.rand(4, 3), torch.rand(4, 1)))
+    epoch = [("on_epoch_begin", 0), *batch(0), *batch(1), ("on_epoch_end", 0)]
+    assert calls == [("on_train_begin",), *epoch, ("on_train_end",)]
+    assert history.stopped_by == "interrupt"
+
+
+def test_ctrl_c_within_an_epoch_ends_its_validation_of_which_nobody_hears():
+    callback, calls = recorder(on_test_batch_end=lambda self, *_: os.kill(os.getpid(), signal.SIGINT))
+    _, history = run(callback, validation_data=(torch.rand(9, 3), torch.rand(9, 1)), validation_freq="1 steps")
+    assert calls[-4:] == [("on_test_end",), ("on_validation_end",), ("on_epoch_end", 0), ("on_train_end",)]
+    assert list(history.history) == ["loss"] and history.intervals == []
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ArithmeticError("mine"), "mine (raised in Failing.on_epoch_end)"),
+        (RuntimeError(), "(raised in Failing.on_epoch_end)"),
+        (KeyError("acc"), "'acc (raised in Failing.on_epoch_end)'"),
+    ],
+    ids=repr,
+)
+def test_an_error_of_a_callback_says_whose_it_is_and_all_others_hear_of_it(error, text):
+    class Failing(kt.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise error
+
+    (first, before), (last, after) = recorder(), recorder()
+    model = kt.Model(nn.Linear(3, 1)).compile("sgd", "mse")
+    with pytest.raises(type(error)) as caught:
+        model.fit(torch.rand(4, 3), torch.rand(4, 1), callbacks=[first, Failing(), last], verbose=0)
+    assert str(caught.value) == text and caught.value is error
+    assert before[-2:] == [("on_epoch_end", 0), ("on_exception",)]
+    assert after[-1] == ("on_exception",) and ("on_epoch_end", 0) not in after
+
+
+def test_an_error_with_more_than_a_message_keeps_its_arguments():
+    class Failing(kt.Callback):
+        def on_train_begin(self, logs=None):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError) as caught:
+        run(Failing())
+    assert caught.value.args == (28, "No space left on device")
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__ == ["raised in Failing.on_train_begin"]
+
+
+def test_an_error_of_the_module_names_no_callback():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            raise ArithmeticError("mine")
+
+    callback, _ = recorder()
+    with pytest.raises(ArithmeticError) as caught:
+        model = kt.Model(Broken(3, 1)).compile("sgd", "mse")
+        model.fit(torch.rand(4, 3), torch.rand(4, 1), callbacks=callback, verbose=0)
+    assert str(caught.value) == "mine"
+
+
+def test_a_callback_that_fails_when_told_of_an_error_keeps_it_from_nobody():
+    class Twice(kt.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            raise ArithmeticError("first")
+
+        def on_exception(self, error):
+            raise ValueError("second")
+
+    callback, calls = recorder()
+    model = kt.Model(nn.Linear(3, 1)).compile("sgd", "mse")
+    with (
+        pytest.warns(UserWarning, match=r"Twice.on_exception failed too, with ValueError\('second'\)"),
+        pytest.raises(ArithmeticError, match="first"),
+    ):
+        model.fit(torch.rand(4, 3), torch.rand(4, 1), callbacks=[Twice(), callback], verbose=0)
+    assert calls[-1] == ("on_exception",)
+
+
 def test_a_stop_asked_for_earlier_does_not_stop_the_next_run():
     callback, _ = recorder()
     model, _ = run(callback)

@@ -237,7 +237,6 @@ def test_weights_that_only_the_module_could_heed_are_refused():
 MISTAKES = {
     "epochs zero": ({"epochs": 0}, ValueError, "epochs=0 is less than 1"),
     "epochs negative": ({"epochs": -2}, ValueError, "epochs=-2 is less than 1"),
-    "epochs None": ({"epochs": None}, TypeError, "epochs=None is a NoneType"),
     "epochs float": ({"epochs": 2.0}, TypeError, "epochs=2.0 is a float"),
     "batch size zero": ({"batch_size": 0}, ValueError, "batch_size=0 is less than 1"),
     "batch size negative": ({"batch_size": -1}, ValueError, "batch_size=-1 is less than 1"),

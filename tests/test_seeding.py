@@ -1,5 +1,6 @@
 """Seeds: what one seed reproduces, and that the order of an epoch depends on the seed and its number alone."""
 
+import os
 import random
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 import kerastorch as kt
 from kerastorch import seeding
@@ -96,6 +98,85 @@ def test_deterministic_algorithms_are_asked_for_only_where_wanted() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.fixture
+def algorithms(monkeypatch):
+    """torch's own switches, put back afterwards."""
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switches = cudnn.deterministic, cudnn.benchmark
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield cudnn
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    cudnn.deterministic, cudnn.benchmark = switches
+
+
+def test_deterministic_warns_or_raises_as_asked_and_can_be_switched_off(algorithms) -> None:
+    kt.set_seed(0, deterministic="warn")
+    assert torch.is_deterministic_algorithms_warn_only_enabled() and algorithms.deterministic
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    kt.set_seed(0, True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    kt.set_seed(1)
+    assert torch.are_deterministic_algorithms_enabled()
+    kt.set_seed(0, deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled() and not algorithms.deterministic
+
+
+def test_benchmark_is_a_switch_of_its_own(algorithms) -> None:
+    kt.set_seed(0, benchmark=True)
+    assert algorithms.benchmark
+    kt.set_seed(1)
+    assert algorithms.benchmark
+    kt.set_seed(0, deterministic=True)
+    assert not algorithms.benchmark
+    kt.set_seed(0, deterministic=False, benchmark=True)
+    assert algorithms.benchmark
+    kt.set_seed(0, benchmark=False)
+    assert not algorithms.benchmark
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"deterministic": "yes"}, "deterministic='yes' is not known"),
+        ({"deterministic": 1}, "deterministic=1 is not known"),
+        ({"benchmark": "on"}, "benchmark='on' is not known"),
+        ({"deterministic": True, "benchmark": True}, "contradict each other"),
+    ],
+)
+def test_switches_that_are_none_are_refused_and_nothing_is_seeded(algorithms, options, text) -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=text):
+        kt.set_seed(3, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Noise(Dataset):
+    """Draws from all three generators, as augmentation does."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        drawn = torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()])
+        return drawn, drawn
+
+
+def test_data_workers_draw_the_same_in_each_run_and_others_in_each_epoch_and_worker() -> None:
+    runs = []
+    for seed in (3, 3, 4):
+        kt.set_seed(seed)
+        net, drawn = Recorder(), []
+        net.register_forward_pre_hook(lambda _, inputs, drawn=drawn: drawn.append(inputs[0].clone()))
+        loader = DataLoader(Noise(), batch_size=2, num_workers=2, shuffle=True)
+        kt.Model(net, backend="cpu").compile("sgd", "mse", lr=0.0).fit(loader, epochs=2, verbose=0)
+        runs.append(torch.cat(drawn))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    for column in runs[0].T:
+        assert len(column.unique()) == 16
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.0, "7", True, None], ids=str)

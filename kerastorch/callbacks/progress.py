@@ -76,7 +76,8 @@ class ProgressBar(Callback):
         self._is_fitting, self._best = True, {}
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
-        number = f"{epoch + 1}/{self.params['epochs']}"
+        epochs = self.params["epochs"]
+        number = f"{epoch + 1}" if epochs is None else f"{epoch + 1}/{epochs}"
         self._epoch_name = f"Epoch {number}" if self._is_live else f"[{number}]"
         self._epoch_began, self._samples_per_s = time.monotonic(), None
         self._open(self._epoch_name, self.params["steps"])

@@ -1,0 +1,232 @@
+"""How long a run is, how much data it goes through, and when it validates; and what wins where these disagree.
+
+`fit`'s arguments become numbers here, before anything runs. The loop asks `Ending` after each batch and `Frequency` for
+the next validation.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from itertools import count
+from numbers import Integral, Real
+from typing import Any
+
+from .checks import is_count, refuse_nonpositive
+from .durations import seconds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a run may end and where it must.
+
+    Attributes:
+        first_epoch: Number of its first epoch, 0-based.
+        epochs: Number of the epoch to end before; `None` = none.
+        min_epochs, min_steps: Before these, nobody's `stop_training` ends it.
+        max_steps: Optimizer steps.
+        max_time_s: Seconds.
+    """
+
+    first_epoch: int = 0
+    epochs: int | None = 1
+    min_epochs: int = 0
+    min_steps: int = 0
+    max_steps: float = math.inf
+    max_time_s: float = math.inf
+
+    @property
+    def numbers(self) -> Iterable[int]:
+        """Numbers of the epochs, maybe without end."""
+        return count(self.first_epoch) if self.epochs is None else range(self.first_epoch, self.epochs)
+
+
+def limits(
+    epochs: Any, initial_epoch: Any, min_epochs: Any, min_steps: Any, max_steps: Any, max_time: Any, dry_run: Any
+) -> Limits:
+    """`fit`'s arguments as `Limits`; without `epochs`, `max_steps` or `max_time` alone say where a run ends.
+
+    Raises:
+        TypeError, ValueError: one that is no count or no time.
+    """
+    refuse_nonpositive(epochs=epochs, max_steps=max_steps, min_epochs=min_epochs or None, min_steps=min_steps or None)
+    if isinstance(initial_epoch, bool) or not isinstance(initial_epoch, Integral) or initial_epoch < 0:
+        raise ValueError(
+            f"initial_epoch={initial_epoch!r} is not the number of an epoch. Give a whole number from 0 up."
+        )
+    max_time_s = math.inf if max_time is None else seconds(max_time, "max_time")
+    if dry_run:
+        return Limits(initial_epoch, initial_epoch + 1)
+    if epochs is None and max_steps is None and max_time is None:
+        epochs = min_epochs or 1
+    return Limits(initial_epoch, epochs, min_epochs or 0, min_steps or 0, max_steps or math.inf, max_time_s)
+
+
+class Ending:
+    """Whether a run is over, and why.
+
+    A stop that somebody asked for waits for the minimums; the maximums and Ctrl-C wait for nothing.
+
+    Args:
+        model: Its `stop_training` is a stop asked for.
+        training: Counts the optimizer steps.
+        limits: Of the run, which begins now.
+    Attributes:
+        epochs_done: Number of the epoch that comes next.
+        is_interrupted: Whether the user pressed Ctrl-C.
+        is_near: Whether it can be due though nobody asked for a stop: the loop need not ask after each batch else.
+        reason: `None` while the run goes on, then `"interrupt"`, `"max_steps"`, `"max_time"` or `"stop_training"`.
+    """
+
+    def __init__(self, model: Any, training: Any, limits: Limits) -> None:
+        self.model, self.training, self.limits = model, training, limits
+        self.epochs_done, self.is_interrupted = limits.first_epoch, False
+        self.is_near = limits.max_steps < math.inf or limits.max_time_s < math.inf
+        self.reason: str | None = None
+        self._deadline = time.monotonic() + limits.max_time_s
+
+    def interrupt(self) -> None:
+        """The user pressed Ctrl-C."""
+        self.is_interrupted = self.is_near = True
+
+    def is_due(self) -> bool:
+        """Whether no other batch may follow."""
+        if self.is_interrupted:
+            self.reason = "interrupt"
+        elif self.training.steps >= self.limits.max_steps:
+            self.reason = "max_steps"
+        elif time.monotonic() >= self._deadline:
+            self.reason = "max_time"
+        elif self.model.stop_training and self._has_minimum():
+            self.reason = "stop_training"
+        return self.reason is not None
+
+    def _has_minimum(self) -> bool:
+        return self.epochs_done >= self.limits.min_epochs and self.training.steps >= self.limits.min_steps
+
+
+@dataclass(frozen=True)
+class Frequency:
+    """When a run validates.
+
+    Attributes:
+        epochs: After every so many epochs, or after these, counted from 1; `None` = it goes by batches.
+        batches: Training batches between two validations; `None` = it goes by epochs.
+        goes_on: Whether batches are counted on across epochs, and not anew in each.
+    """
+
+    epochs: int | Collection[int] | None = 1
+    batches: int | None = None
+    goes_on: bool = False
+
+    def is_due_after(self, epoch: int) -> bool:
+        """Whether a validation follows on the last batch of an epoch, 0-based."""
+        if self.epochs is None:
+            return False
+        return (epoch + 1) % self.epochs == 0 if isinstance(self.epochs, int) else epoch + 1 in self.epochs
+
+    def is_repeated_in(self, limits: Limits) -> bool:
+        """Whether there is more than one validation in a run, as far as is known."""
+        if self.epochs is None or limits.epochs is None:
+            return True
+        return sum(map(self.is_due_after, limits.numbers)) > 1
+
+
+def frequency(freq: Any, batches: int | None) -> Frequency:
+    """`validation_freq` as a `Frequency`.
+
+    Args:
+        freq: A number of epochs, a collection of epochs counted from 1, a fraction of an epoch, or `"N steps"`.
+        batches: Batches in an epoch; `None` = not known.
+    Raises:
+        ValueError: `freq` is none of these, or a fraction of nobody knows how much.
+    """
+    if isinstance(freq, Integral) and not isinstance(freq, bool) and freq >= 1:
+        return Frequency(epochs=int(freq))
+    if isinstance(freq, (list, tuple, set, range)) and all(isinstance(epoch, Integral) for epoch in freq):
+        return Frequency(epochs=freq)
+    if isinstance(freq, str) and (steps := re.fullmatch(r"\s*0*([1-9]\d*)\s*steps?\s*", freq)):
+        return Frequency(epochs=None, batches=int(steps[1]), goes_on=True)
+    if _is_fraction(freq):
+        if freq == 1:
+            return Frequency()
+        return Frequency(epochs=None, batches=_part_of(batches, freq, "validation_freq", '"100 steps"'))
+    raise ValueError(
+        f"validation_freq={freq!r} does not say when to validate. Give a number of epochs from 1 up, a list of "
+        f'epochs, a fraction of an epoch such as 0.25, or "100 steps".'
+    )
+
+
+@dataclass(frozen=True)
+class Portion:
+    """How many batches of the data a pass takes.
+
+    Attributes:
+        batches: So many; `None` = all, however many these are.
+        goes_on: Whether the next pass takes up where this one ended, and not at the beginning.
+    """
+
+    batches: int | None
+    goes_on: bool = False
+
+
+def portion(name: str, wanted: Any, batches: int | None, dry_run: int = 0) -> Portion:
+    """`steps_per_epoch` and its like as a `Portion`.
+
+    Args:
+        name: Of the argument, for the error.
+        wanted: A number of batches; a fraction of those there are, the first of each pass; `None` = all.
+        batches: Those there are; `None` = not known.
+        dry_run: At most so many, where it is not 0.
+    Raises:
+        TypeError, ValueError: `wanted` is neither, or a fraction of nobody knows how much.
+    """
+    if dry_run:
+        return Portion(dry_run if batches is None else min(dry_run, batches))
+    if wanted is None:
+        return Portion(batches)
+    if _is_fraction(wanted):
+        return Portion(_part_of(batches, wanted, name, "a whole number of batches"))
+    return Portion(int(wanted), goes_on=True)
+
+
+def refuse_no_amounts(
+    steps_per_epoch: Any, validation_steps: Any, sanity_steps: Any, overfit_batches: Any, dry_run: Any
+) -> None:
+    """Each must be a number of batches or, but for the last two, may be a fraction.
+
+    Raises:
+        TypeError, ValueError: one is neither.
+    """
+    _refuse_no_amount("steps_per_epoch", steps_per_epoch)
+    _refuse_no_amount("validation_steps", validation_steps, least=0)
+    _refuse_no_amount("overfit_batches", overfit_batches, least=0)
+    if not is_count(sanity_steps, least=-1):
+        raise ValueError(f"sanity_steps={sanity_steps!r} is no number of batches. Give 0 for none, -1 for all.")
+    if not isinstance(dry_run, bool) and not is_count(dry_run, least=0):
+        raise ValueError(f"dry_run={dry_run!r} is no number of batches. Give True for one, or a whole number.")
+
+
+def _refuse_no_amount(name: str, wanted: Any, least: int = 1) -> None:
+    if wanted is None or _is_fraction(wanted) or is_count(wanted, least):
+        return
+    kind = TypeError if isinstance(wanted, bool) or not isinstance(wanted, Real) else ValueError
+    raise kind(
+        f"{name}={wanted!r} is no number of batches. Give a whole number from {least} up, or a fraction such as 0.1."
+    )
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, Integral) and 0 < value <= 1
+
+
+def _part_of(batches: int | None, fraction: float, name: str, instead: str) -> int:
+    """So many batches, rounded down, but one at least."""
+    if batches is None:
+        raise ValueError(
+            f"{name}={fraction} is a fraction of an epoch, but this data has no known length. Give {instead}."
+        )
+    return max(1, math.floor(batches * fraction + 1e-9))  # 0.29 of 100 is 29, in floating point not quite
