@@ -164,22 +164,35 @@ def refuse_second_pass(repeats: bool, goes_on: bool, is_repeated: bool) -> None:
 
 
 def refuse_unknown_monitors(callbacks: list[Any], names: list[str], is_validated: bool) -> None:
-    """What a callback monitors must be among the names that the logs will have.
+    """What callbacks watch, or put into file names, must be among the names that the logs will have.
 
-    A callback behind others that hear of the end of an epoch is let pass: they may put more into the logs.
+    A callback sees what those before it put into the logs; behind one of which that is not known, nothing can be said.
     """
     known = names + [f"val_{name}" for name in names if is_validated]
-    for index, callback in enumerate(callbacks):
-        monitor = getattr(callback, "monitor", None)
-        if hooks_of(callbacks[:index]).on_epoch_end or not isinstance(monitor, str) or monitor in known:
-            continue
-        close = difflib.get_close_matches(monitor, known, n=1, cutoff=0.6)
-        hint = f"Did you mean {close[0]!r}?" if close else "Give one of these, or add the metric to compile."
-        without = "" if is_validated else " (val_ names need validation_data)"
-        raise ValueError(
-            f"{type(callback).__name__} monitors {monitor!r}, but the logs will have {', '.join(known)}{without}. "
-            f"{hint}"
-        )
+    for callback in callbacks:
+        refuse_unknown_monitor(callback, known, is_validated)
+        for name in getattr(callback, "keys_needed", ()):
+            _refuse_unknown_name(f"the files of {type(callback).__name__} are named after", name, known, is_validated)
+        added = getattr(callback, "adds_to_logs", None)
+        if added is None and hooks_of([callback]).on_epoch_end:
+            return
+        known = known + [name for name in added or () if name not in known]
+
+
+def refuse_unknown_monitor(one: Any, known: list[str], is_validated: bool) -> None:
+    """What a callback or a schedule monitors must be known; Keras's checkpoints have a monitor that they may not use."""
+    monitor = getattr(one, "monitor", None)
+    if isinstance(monitor, str) and getattr(one, "save_best_only", True):
+        _refuse_unknown_name(f"{type(one).__name__} monitors", monitor, known, is_validated)
+
+
+def _refuse_unknown_name(who: str, name: str, known: list[str], is_validated: bool) -> None:
+    if name in known:
+        return
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"Did you mean {close[0]!r}?" if close else "Give one of these, or add the metric to compile."
+    without = "" if is_validated else " (val_ names need validation_data)"
+    raise ValueError(f"{who} {name!r}, but the logs will have {', '.join(known)}{without}. {hint}")
 
 
 def refuse_no_forward(module: nn.Module) -> None:

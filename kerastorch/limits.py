@@ -25,6 +25,7 @@ class Limits:
 
     Attributes:
         first_epoch: Number of its first epoch, 0-based.
+        first_batch: Number of the first batch in that epoch, 0-based.
         epochs: Number of the epoch to end before; `None` = none.
         min_epochs, min_steps: Before these, nobody's `stop_training` ends it.
         max_steps: Optimizer steps.
@@ -37,6 +38,7 @@ class Limits:
     min_steps: int = 0
     max_steps: float = math.inf
     max_time_s: float = math.inf
+    first_batch: int = 0
 
     @property
     def numbers(self) -> Iterable[int]:

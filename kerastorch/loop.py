@@ -59,6 +59,7 @@ def fit(
     steps_per_epoch: int | None = None,
     validation: Validation | None = None,
     step: Callable = forward_backward,
+    resume: Callable[[Limits], Limits] = lambda limits: limits,
 ) -> History:
     """Trains epoch by epoch.
 
@@ -71,6 +72,8 @@ def fit(
         steps_per_epoch: Batches asked for in each epoch; `None` = all there are.
         validation: What is validated and when; `None` = nothing.
         step: `forward_backward` or what stands for it: called with recipe and batch, says whether the optimizer is due.
+        resume: Called once the callbacks have begun: puts the state of an earlier run back, if there is one, and
+            returns the limits of what is left of that run.
     """
     hooks, logs, ending = training.hooks, {}, Ending(model, training, limits)
     if validation is not None:
@@ -78,13 +81,15 @@ def fit(
     with _interruptible(ending), announced_errors(hooks):
         for hook in hooks.on_train_begin:
             hook({})
+        ending.limits = limits = resume(limits)
         for epoch in limits.numbers:
-            model.stop_epoch = False
+            model.stop_epoch, ending.epochs_done = False, epoch
             for hook in hooks.on_epoch_begin:
                 hook(epoch, {})
             open_windows(training, epoch)
             batches = () if model.stop_epoch else epoch_batches()
-            steps = train_epoch(model, training, step, epoch, batches, ending, validation)
+            done = limits.first_batch if epoch == limits.first_epoch else 0
+            steps = train_epoch(model, training, step, epoch, batches, ending, validation, done)
             if steps == 0 and not model.stop_epoch:
                 if not ending.is_due():
                     _say_that_data_ended(epoch, history)
@@ -98,7 +103,7 @@ def fit(
             history.record(epoch, logs)
             _warn_of_lost_loss(epoch, history)
             model.epochs_trained += 1
-            ending.epochs_done = epoch + 1
+            ending.epochs_done += 1
             if ending.is_due() or _has_run_dry(model, epoch, steps, steps_per_epoch, limits):
                 break
         history.stopped_by = ending.reason
@@ -115,14 +120,15 @@ def train_epoch(
     batches: Iterable,
     ending: Ending,
     validation: Validation | None,
+    done: int,
 ) -> int:
-    """Trains on each batch of one epoch and returns how many there were."""
+    """Trains on each batch of one epoch, of which some may be done, and returns how many it has by then."""
     hooks, tracker = training.hooks, training.tracker
     set_modes(training)
     tracker.reset()
-    index = -1
+    index = done - 1
     try:
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(batches, done):
             if hooks.on_train_batch_begin and _end_epoch_before(index, hooks):
                 model.stop_epoch = True
                 index -= 1

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -47,7 +48,7 @@ from .microbatch import PiecewiseStep
 from .overrides import OwnStep
 from .patterns import norms_inside, parameters_of
 from .precision import scaled_backward
-from .seeding import random_state_kept
+from .seeding import random_state_kept, set_random_state
 from .step import (
     Recipe,
     Update,
@@ -107,6 +108,7 @@ class Model:
         self._training_data: Data | None = None
         self._training: Recipe | None = None
         self._dry_run_folder: Path | None = None
+        self._resumed_at: dict[str, Any] | None = None
 
     # Choosing.
 
@@ -333,8 +335,8 @@ class Model:
 
         params = {"verbose": verbose, "epochs": bounds.epochs, "steps": taken.batches}
         opened = self._with_optimizer(opened)
-        self._refuse_unfit(callbacks, validated is not None)
         hooks = self._hooks(callbacks, verbose, params)
+        self._refuse_unfit(callbacks, validated is not None)
         training = self._training_recipe(self._training_tracker, hooks, accumulate, taken.batches, microbatch)
         step = self._step(training, accumulate, microbatch)
         with self._leaving_no_trace(dry_run), self._run(training, step, opened):
@@ -346,12 +348,13 @@ class Model:
             history = loop.fit(
                 self,
                 training,
-                self._epochs(opened, taken),
+                self._epochs(opened, taken, initial_epoch),
                 self.history,
                 limits=bounds,
                 steps_per_epoch=taken.batches if taken.goes_on else None,
                 validation=validation,
                 step=step,
+                resume=partial(self._resume, callbacks),
             )
             self.history = history  # again: Keras's History puts itself there
         return history
@@ -533,6 +536,14 @@ class Model:
     def steps_taken(self) -> int:
         """Optimizer steps of the running `fit`, or of the last one."""
         return 0 if self._training is None else self._training.steps
+
+    @property
+    def is_gathering(self) -> bool:
+        """Whether gradients of earlier batches wait for the batches that complete their step."""
+        if self._training is None:
+            return False
+        windows = (self._training.window, *(update.parked for update in self.updates.values()))
+        return any(window is not None and window.is_open for window in windows)
 
     @property
     def is_dry_run(self) -> bool:
@@ -834,12 +845,37 @@ class Model:
         """The module, computing in the precision that was compiled."""
         return self.module if self._compiled is None else self._compiled.network
 
-    def _epochs(self, opened: Data, taken: limits.Portion) -> Callable[[], Iterator]:
-        """A function that gives the batches of one epoch after the other."""
-        if not taken.goes_on:
-            return lambda: self._batches(islice(opened.batches(self.epochs_trained), taken.batches))
+    def _epochs(self, opened: Data, taken: limits.Portion, first_epoch: int) -> Callable[[], Iterator]:
+        """A function that gives the batches of one epoch after the other; in a resumed run, those that are left."""
         stream = opened.stream(self.epochs_trained)
-        return lambda: self._batches(islice(stream, taken.batches))
+
+        def batches() -> Iterator:
+            found = stream if taken.goes_on else opened.batches(self.epochs_trained)
+            position, self._resumed_at = self._resumed_at, None
+            if position is None:
+                return self._batches(islice(found, taken.batches))
+            before = taken.batches * (position["epoch"] - first_epoch) if taken.goes_on else 0
+            for _ in islice(found, before + position["batch"]):
+                pass  # trained on before the backup
+            set_random_state(position["random"])
+            return self._batches(islice(found, taken.batches and taken.batches - position["batch"]))
+
+        return batches
+
+    def _resume(self, callbacks: list[Any], bounds: limits.Limits) -> limits.Limits:
+        """Goes on from the backup that a callback has made; returns the limits of what is left."""
+        backup = next((one for one in callbacks if hasattr(one, "restored")), None)
+        saved = backup and backup.restored()
+        if not saved:
+            return bounds
+        restore(self, saved, "the backup")
+        restore_callbacks(callbacks, saved)
+        position = self._resumed_at = backup.state_dict()
+        self._training.steps = position["steps"]
+        for update in self.updates.values():
+            update.steps = position["steps"]
+        set_random_state(position["random_at_epoch"] or position["random"])
+        return replace(bounds, first_epoch=position["epoch"], first_batch=position["batch"])
 
     def _batches(self, batches: Iterable, is_evaluated: bool = False) -> Iterator:
         fed = self.backend.feed(batches)
@@ -894,9 +930,10 @@ class Model:
             return  # they may log anything
         updates = self._compiled.updates.values()
         names = self._training_tracker.keys() + [update.rate_name for update in updates if update.schedule is not None]
-        monitoring = [update.schedule.schedule for update in updates if update.schedule is not None]
-        for one in monitoring:
-            checks.refuse_unknown_monitors([one], names, is_validated)
+        known = names + [f"val_{name}" for name in names if is_validated]
+        for update in updates:
+            if update.schedule is not None:
+                checks.refuse_unknown_monitor(update.schedule.schedule, known, is_validated)
         checks.refuse_unknown_monitors(callbacks, names, is_validated)
 
     def _hooks(self, callbacks: list[Any], verbose: int | str, params: dict[str, Any]) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,20 +68,38 @@ def _choose_algorithms(deterministic: bool | str | None, benchmark: bool | None)
         torch.backends.cudnn.benchmark = bool(benchmark)
 
 
+def random_state() -> dict[str, Any]:
+    """Where the generators of Python, numpy and torch, on every device in use, are: tensors and plain data."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state(device) for device in devices],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Puts all generators where `random_state` found them."""
+    version, numbers, gauss = state["python"]
+    kind, keys, *rest = state["numpy"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    for device, of_device in enumerate(state["cuda"]):
+        torch.cuda.set_rng_state(of_device, device)
+
+
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """The random numbers of Python, numpy and torch, on every device, are afterwards what they were before."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = [torch.cuda.get_rng_state(device) for device in devices]
+    before = random_state()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(array)
-        torch.set_rng_state(cpu)
-        for device, state in zip(devices, cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
+        set_random_state(before)
 
 
 def epoch_order(samples: int, epoch: int) -> torch.Tensor:

@@ -57,10 +57,11 @@ class _Averaging(Callback):
         for name, average in averages.items():
             named[name].copy_(average)
 
-    @torch.no_grad()
     def _put_back(self) -> None:
         """Copies the module's own values back, if averages are in their place."""
-        if self._own:
+        if not self._own:
+            return
+        with torch.no_grad():
             named = self._parameters() | dict(self.model.module.named_buffers())
             for name, value in self._own.items():
                 named[name].copy_(value)
@@ -105,8 +106,9 @@ class EMA(_Averaging):
     leaves out counts too. Only what is trained is averaged. Buffers are the model's own: BatchNorm normalizes by the
     statistics that it has. Half precision is averaged in float32, where a thousandth of the way is not rounded off.
 
-    Training, and callbacks outside of the validation, see the weights of training. Each run starts anew, unless a state
-    was loaded.
+    From a validation on, until training goes on, the averages are in the module: what other callbacks save or keep at the
+    end of that epoch has the values that they monitor. Training, and an epoch without validation, has its own weights.
+    Each run starts anew, unless a state was loaded.
 
     Args:
         decay: How much of the average stays at each update, from 0 up to but not including 1. Default: 0.999.
@@ -146,13 +148,16 @@ class EMA(_Averaging):
         self._is_new_epoch, self._is_loaded = True, False
 
     def on_train_batch_begin(self, batch: int, logs: MutableMapping | None = None) -> None:
+        self._put_back()
         if self._is_new_epoch:
             self._is_new_epoch = False
-            self._put_back()
             # Before a step changes what was unfrozen since: so far its average is what it is.
             for name, optimizer in self._optimizers().items():
                 if name in self._steps:
                     self._follow(optimizer)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self._put_back()  # on what a short window has left, after a validation that came with the last batch
 
     def on_before_zero_grad(self, optimizer: Any) -> None:
         if optimizer not in self._followed:  # its first step
@@ -173,10 +178,6 @@ class EMA(_Averaging):
     def on_validation_begin(self, logs: MutableMapping | None = None) -> None:
         if self.swap and not self._own:
             self._put_in(self._averages, {})
-
-    def on_validation_end(self, logs: MutableMapping | None = None) -> None:
-        if self.swap:
-            self._put_back()
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
         self._is_running = False
@@ -298,9 +299,14 @@ class StochasticWeightAveraging(_Averaging):
 
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
         epochs, start = self.params["epochs"], self.swa_epoch_start
+        if epochs is None and not _is_whole(start):
+            raise ValueError(
+                f"swa_epoch_start={start} is a part of a run whose epochs nobody knows. Give fit epochs, or the number "
+                f"of an epoch here."
+            )
         # A millionth of an epoch: 0.29 of 100 is 28.999999999999996 in floating point.
         self._start = start if _is_whole(start) else int(start * epochs + 1e-6)
-        if self._start >= epochs:
+        if epochs is not None and self._start >= epochs:
             raise ValueError(
                 f"swa_epoch_start={start} is not in a run of {epochs} epochs, 0 to {epochs - 1}: nothing would be "
                 f"averaged. Give one of these, or a part of the run as 0.8."

@@ -139,7 +139,12 @@ def test_validation_sees_the_average_and_training_goes_on_from_the_weights(class
     watch, ema = Watch(), EMA(0.9)
     model = run(classifier, digits, ema, watch, validation_data=digits)
     assert model.history.history["val_loss"] == pytest.approx(losses, abs=1e-6)
-    assert equal(watch.epochs[-1], trained.state_dict()), "at the end of an epoch the weights of training are back"
+    assert equal(watch.epochs[-1], model.module.state_dict()), "what was validated is what a callback can save then"
+    watch = Watch()
+    run(classifier, digits, EMA(0.9), watch)
+    assert equal(watch.epochs[-1], trained.state_dict()), (
+        "without validation an epoch ends with the weights of training"
+    )
     without = run(classifier, digits, validation_data=digits).history.history
     assert model.history.history["loss"] == without["loss"] and model.history.history["val_loss"] != without["val_loss"]
 
@@ -232,6 +237,25 @@ def test_what_is_unfrozen_is_averaged_from_the_value_it_had(classifier, digits, 
     callbacks = [EMA(0.9), Unfreeze(2, "0")]
     fit(model, digits, *(callbacks if ema_is_first else callbacks[::-1]))
     assert same_weights(model.module, average.module)
+
+
+def test_a_validation_within_an_epoch_leaves_training_as_it_is(classifier, digits):
+    """Also where it comes with the last batch, whose window is still open: its step is taken on the own weights."""
+    whole = run(classifier, digits, EMA(0.9), validation_data=digits, accumulate=2)
+    watch = Watch()
+    often = run(classifier, digits, EMA(0.9), watch, validation_data=digits, accumulate=2, validation_freq="1 steps")
+    assert same_weights(often.module, whole.module)
+    assert often.history.history["loss"] == whole.history.history["loss"]
+
+
+def test_a_checkpoint_of_the_best_epoch_has_the_average_that_was_monitored(classifier, digits):
+    kept = []
+    keep = At(1, lambda model: kept.append((model.get_weights(), model.evaluate(*digits, verbose=0))))
+    model = run(classifier, digits, EMA(0.9), keep, validation_data=digits)
+    weights, loss = kept[0]
+    assert loss == pytest.approx(model.history.history["val_loss"][1], rel=1e-6)
+    assert model.set_weights(weights) is None
+    assert model.evaluate(*digits, verbose=0) == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("when", ["middle", "end"])
