@@ -54,6 +54,7 @@ BELOW = {
     "backends.single": {"structures"},
     "callbacks.__init__": {"callbacks.averaging", "callbacks.base", "callbacks.progress", "callbacks.transfer"},
     "callbacks.averaging": {"callbacks.base"},
+    "callbacks.monitoring": {"callbacks.base"},
     "callbacks.transfer": {"callbacks.base", "patterns"},
     "callbacks.progress": {"callbacks.base"},
 }  # fmt: skip
