@@ -62,7 +62,8 @@ class LambdaCallback(Callback):
 
 def _refuse_unfit(name: str, hook: Any, given: dict[str, Any]) -> None:
     if name not in HOOKS:
-        close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.5)
+        # Lightning's hooks say "start" where Keras's say "begin".
+        close = difflib.get_close_matches(name.replace("_start", "_begin"), HOOKS, n=1, cutoff=0.5)
         hint = f"Did you mean {close[0]!r}?" if close else f"Hooks are {', '.join(HOOKS)}."
         raise TypeError(f"LambdaCallback was given {name!r}, which is no hook. {hint}")
     if not callable(hook):
