@@ -53,8 +53,15 @@ BELOW = {
     "summary": {"tracing"},
     "backends.__init__": {"backends.single"},
     "backends.single": {"structures"},
-    "callbacks.__init__": {"callbacks.averaging", "callbacks.base", "callbacks.progress", "callbacks.transfer"},
+    "callbacks.__init__": {
+        "callbacks.averaging", "callbacks.base", "callbacks.functions", "callbacks.monitoring", "callbacks.progress",
+        "callbacks.schedules", "callbacks.stopping", "callbacks.transfer",
+    },
     "callbacks.averaging": {"callbacks.base"},
+    "callbacks.functions": {"callbacks.base"},
+    "callbacks.monitoring": {"callbacks.base"},
+    "callbacks.schedules": {"callbacks.base", "callbacks.messages", "callbacks.monitoring", "callbacks.values"},
+    "callbacks.stopping": {"callbacks.base", "callbacks.messages", "callbacks.monitoring", "callbacks.values"},
     "callbacks.transfer": {"callbacks.base", "patterns"},
     "callbacks.progress": {"callbacks.base"},
 }  # fmt: skip

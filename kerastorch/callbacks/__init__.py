@@ -3,5 +3,11 @@
 from .averaging import EMA as EMA
 from .averaging import StochasticWeightAveraging as StochasticWeightAveraging
 from .base import Callback as Callback
+from .functions import LambdaCallback as LambdaCallback
+from .monitoring import Monitoring as Monitoring
 from .progress import ProgressBar as ProgressBar
+from .schedules import LearningRateScheduler as LearningRateScheduler
+from .schedules import ReduceLROnPlateau as ReduceLROnPlateau
+from .stopping import EarlyStopping as EarlyStopping
+from .stopping import TerminateOnNaN as TerminateOnNaN
 from .transfer import Unfreeze as Unfreeze
