@@ -6,7 +6,8 @@ No loop and no maths: `fit` goes on in `loop.fit`, a step in `step.forward_backw
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from . import backends, checks, loop, optimizers
+from . import backends, checkpoint, checks, loop, optimizers
 from . import losses as named_losses
 from . import metrics as named_metrics
 from . import precision as precisions
@@ -43,6 +44,7 @@ from .microbatch import PiecewiseStep
 from .overrides import OwnStep
 from .patterns import norms_inside, parameters_of
 from .precision import scaled_backward
+from .state import refuse_unlike, restore, state_of
 from .step import (
     Recipe,
     Update,
@@ -312,7 +314,7 @@ class Model:
         pieces = self._pieces_in(training_data, batches)
         with self._run(training, step, training_data):
             self._begin_schedules(training, pieces, accumulate, epochs, initial_epoch)
-            self.history, self.stop_training = History(params), False
+            self.history, self.stop_training, self._callbacks = History(params), False, callbacks
             self.epochs_trained = max(self.epochs_trained, initial_epoch)
             history = loop.fit(
                 self,
@@ -493,6 +495,91 @@ class Model:
         if verbose == 1 or (verbose == "auto" and not is_notebook()):
             summary.print()
         return summary
+
+    # Saving.
+
+    _callbacks: Sequence[Any] = ()
+    """Those of the running `fit`, or of the last one."""
+
+    def save_weights(self, path: str | os.PathLike) -> None:
+        """Writes the weights alone, as safetensors: any torch user can load them, by the names of `state_dict()`.
+
+        Args:
+            path: Where to, as it is: give it the ending `.safetensors`. Folders above it are made.
+        Raises:
+            ValueError: an ending of other files.
+            TypeError: something in the module's state is no dense tensor.
+            OSError: it cannot be written; a file that was there is as it was.
+        Example:
+            >>> import tempfile
+            >>> first, second = (Model(nn.Linear(4, 1), backend="cpu") for _ in range(2))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     first.save_weights(f"{folder}/best.safetensors")
+            ...     second = second.load_weights(f"{folder}/best.safetensors")
+            >>> torch.equal(first.module.weight, second.module.weight)
+            True
+        """
+        checkpoint.refuse_ending(path, is_weights=True)
+        checkpoint.write_weights(path, self.module.state_dict())
+
+    def load_weights(self, path: str | os.PathLike, *, strict: bool = True) -> Model:
+        """Puts weights into the module; optimizer and all else stay as they are.
+
+        Args:
+            path: What `save_weights` or any other library wrote as safetensors, or `save`, of which it takes the
+                weights.
+            strict: Whether all names must be there, and no others; `False` takes those that are and warns of the rest.
+                Default: `True`.
+        Returns:
+            The model.
+        Raises:
+            ValueError: names or shapes are not the module's, which is as it was; or the file is damaged, or no such.
+            OSError: there is no such file.
+        """
+        weights = checkpoint.read_weights(path)
+        differences = refuse_unlike(self.module, weights, repr(str(path)), strict)
+        self.module.load_state_dict(weights, strict=False)
+        if differences:
+            warnings.warn(f"{str(path)!r} was loaded but for what is {'; '.join(differences)}.", stacklevel=2)
+        return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes all of the state: weights, optimizers, schedules, loss scale, history and the callbacks of the run.
+
+        Args:
+            path: Where to, such as `"run.pt"`. Folders above it are made.
+        Raises:
+            ValueError: an ending of other files.
+            TypeError: something in the state is neither a tensor nor plain data.
+            OSError: it cannot be written; a file that was there is as it was.
+        """
+        checkpoint.refuse_ending(path, is_weights=False)
+        checkpoint.write(path, state_of(self, self._callbacks))
+
+    def load(self, path: str | os.PathLike) -> Model:
+        """Puts back what `save` wrote, but for the states of callbacks.
+
+        Args:
+            path: What `save` wrote, of a model that was made and compiled as this one.
+        Returns:
+            The model.
+        Raises:
+            RuntimeError: `compile` was not called.
+            ValueError: module, optimizers or schedules are others, and as they were; or the file is damaged, or no
+                such.
+            OSError: there is no such file.
+        """
+        saved = checkpoint.read(path)
+        if saved["optimizers"]:
+            self._refuse_uncompiled("load")
+        restore(self, saved, repr(str(path)))
+        return self
+
+    def _make_optimizer(self) -> None:
+        """Makes what `compile` left to be made when a lazy module has its parameters."""
+        self._cast(self._compiled.precision)
+        self._compiled.make_updates()
+        self.optimizer = self._compiled.optimizer
 
     # What Keras's callbacks ask a model for.
 

@@ -28,9 +28,9 @@ BELOW = {
     "__init__": {"backends", "callbacks", "history", "model", "schedules", "seeding"},
     "arguments": {"structures", "tensors"},
     "model": {
-        "arguments", "backends", "callbacks.base", "callbacks.progress", "checks", "compilation", "computation", "data",
-        "history", "loop", "losses", "metrics", "microbatch", "optimizers", "overrides", "patterns", "precision",
-        "step", "structures", "summary", "tbptt", "tensors", "tracker",
+        "arguments", "backends", "callbacks.base", "callbacks.progress", "checkpoint", "checks", "compilation",
+        "computation", "data", "history", "loop", "losses", "metrics", "microbatch", "optimizers", "overrides",
+        "patterns", "precision", "state", "step", "structures", "summary", "tbptt", "tensors", "tracker",
     },
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
     "jit": {"computation", "losses", "memory", "structures"},
@@ -52,7 +52,15 @@ BELOW = {
     "summary": {"tracing"},
     "backends.__init__": {"backends.single"},
     "backends.single": {"structures"},
-    "callbacks.__init__": {"callbacks.averaging", "callbacks.base", "callbacks.progress", "callbacks.transfer"},
+    "state": {"checkpoint", "history"},
+    "checkpoint": {"__version__"},  # a name, not a file
+    "callbacks.__init__": {
+        "callbacks.averaging", "callbacks.base", "callbacks.checkpoint", "callbacks.progress", "callbacks.transfer",
+    },
+    "callbacks.checkpoint": {
+        "callbacks.filenames", "callbacks.files", "callbacks.monitoring", "checkpoint", "durations", "state",
+    },
+    "callbacks.monitoring": {"callbacks.base"},
     "callbacks.averaging": {"callbacks.base"},
     "callbacks.transfer": {"callbacks.base", "patterns"},
     "callbacks.progress": {"callbacks.base"},
