@@ -180,7 +180,7 @@ def refuse_unknown_monitors(callbacks: list[Any], names: list[str], is_validated
 
 
 def refuse_unknown_monitor(one: Any, known: list[str], is_validated: bool) -> None:
-    """What a callback or a schedule monitors must be known; Keras's checkpoints have a monitor that they may not use."""
+    """What a callback or a schedule monitors must be known; Keras's checkpoints may have a monitor for nothing."""
     monitor = getattr(one, "monitor", None)
     if isinstance(monitor, str) and getattr(one, "save_best_only", True):
         _refuse_unknown_name(f"{type(one).__name__} monitors", monitor, known, is_validated)

@@ -79,6 +79,11 @@ class History:
             self.history.setdefault(name, []).append(value)
             self._epochs_of.setdefault(name, []).append(epoch)
 
+    def go_on_from(self, earlier: History) -> None:
+        """Takes over the epochs of the run that this one goes on with."""
+        self.history, self.epoch, self._epochs_of = earlier.history, earlier.epoch, earlier._epochs_of
+        self.intervals[:] = earlier.intervals
+
     def __repr__(self) -> str:
         if not self.epoch:
             return "History of 0 epochs"

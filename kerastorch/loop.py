@@ -59,7 +59,7 @@ def fit(
     steps_per_epoch: int | None = None,
     validation: Validation | None = None,
     step: Callable = forward_backward,
-    resume: Callable[[Limits], Limits] = lambda limits: limits,
+    resume: Callable[[Limits], Limits] | None = None,
 ) -> History:
     """Trains epoch by epoch.
 
@@ -72,8 +72,8 @@ def fit(
         steps_per_epoch: Batches asked for in each epoch; `None` = all there are.
         validation: What is validated and when; `None` = nothing.
         step: `forward_backward` or what stands for it: called with recipe and batch, says whether the optimizer is due.
-        resume: Called once the callbacks have begun: puts the state of an earlier run back, if there is one, and
-            returns the limits of what is left of that run.
+        resume: Called once the callbacks have begun: puts the state of an earlier run back and returns the limits of
+            what is left of it; `None` = there was none.
     """
     hooks, logs, ending = training.hooks, {}, Ending(model, training, limits)
     if validation is not None:
@@ -81,7 +81,8 @@ def fit(
     with _interruptible(ending), announced_errors(hooks):
         for hook in hooks.on_train_begin:
             hook({})
-        ending.limits = limits = resume(limits)
+        if resume is not None:
+            limits = resume(limits)
         for epoch in limits.numbers:
             model.stop_epoch, ending.epochs_done = False, epoch
             for hook in hooks.on_epoch_begin:

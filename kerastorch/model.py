@@ -9,7 +9,8 @@ import copy
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from . import backends, checks, limits, loop, optimizers
+from . import backends, checkpoint, checks, limits, loop, optimizers
 from . import losses as named_losses
 from . import metrics as named_metrics
 from . import precision as precisions
@@ -49,6 +50,7 @@ from .overrides import OwnStep
 from .patterns import norms_inside, parameters_of
 from .precision import scaled_backward
 from .seeding import random_state_kept, set_random_state
+from .state import refuse_unlike, restore, restore_callbacks, state_of
 from .step import (
     Recipe,
     Update,
@@ -295,7 +297,7 @@ class Model:
                 of each pass, in its order. `None` = one pass.
             validation_steps: Batches of a validation, or a fraction of those there are; 0 = none. `None` = all.
             validation_batch_size: As `batch_size`, for validation; `None` = `batch_size`.
-            min_epochs, min_steps: Epochs and optimizer steps before which `stop_training` (`EarlyStopping`) has to wait.
+            min_epochs, min_steps: Epochs and optimizer steps before which no `stop_training` (`EarlyStopping`) ends it.
             max_steps: Optimizer steps to end after, in the middle of an epoch too. A batch is finished.
             max_time: Time to end after: seconds, `"DD:HH:MM:SS"`, a `timedelta` or a dict of its keywords. The running
                 batch is finished, and the epoch validated.
@@ -343,8 +345,8 @@ class Model:
             validation = validated and self._validation(validated, checked.batches, when, hooks, sanity_steps)
             self._expect(opened, validated)
             self._begin_schedules(training, self._pieces_in(opened, taken.batches), accumulate, bounds)
-            self.history, self.stop_training = History(params), False
-            self.epochs_trained = max(self.epochs_trained, initial_epoch)
+            self.history, self.stop_training, self._callbacks = History(params), False, callbacks
+            self.epochs_trained, backup = max(self.epochs_trained, initial_epoch), self._backup_of(callbacks)
             history = loop.fit(
                 self,
                 training,
@@ -354,7 +356,7 @@ class Model:
                 steps_per_epoch=taken.batches if taken.goes_on else None,
                 validation=validation,
                 step=step,
-                resume=partial(self._resume, callbacks),
+                resume=partial(self._resume, backup) if backup else None,
             )
             self.history = history  # again: Keras's History puts itself there
         return history
@@ -524,6 +526,91 @@ class Model:
         if verbose == 1 or (verbose == "auto" and not is_notebook()):
             summary.print()
         return summary
+
+    # Saving.
+
+    _callbacks: Sequence[Any] = ()
+    """Those of the running `fit`, or of the last one."""
+
+    def save_weights(self, path: str | os.PathLike) -> None:
+        """Writes the weights alone, as safetensors: any torch user can load them, by the names of `state_dict()`.
+
+        Args:
+            path: Where to, as it is: give it the ending `.safetensors`. Folders above it are made.
+        Raises:
+            ValueError: an ending of other files.
+            TypeError: something in the module's state is no dense tensor.
+            OSError: it cannot be written; a file that was there is as it was.
+        Example:
+            >>> import tempfile
+            >>> first, second = (Model(nn.Linear(4, 1), backend="cpu") for _ in range(2))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     first.save_weights(f"{folder}/best.safetensors")
+            ...     second = second.load_weights(f"{folder}/best.safetensors")
+            >>> torch.equal(first.module.weight, second.module.weight)
+            True
+        """
+        checkpoint.refuse_ending(path, is_weights=True)
+        checkpoint.write_weights(path, self.module.state_dict())
+
+    def load_weights(self, path: str | os.PathLike, *, strict: bool = True) -> Model:
+        """Puts weights into the module; optimizer and all else stay as they are.
+
+        Args:
+            path: What `save_weights` or any other library wrote as safetensors, or `save`, of which it takes the
+                weights.
+            strict: Whether all names must be there, and no others; `False` takes those that are and warns of the rest.
+                Default: `True`.
+        Returns:
+            The model.
+        Raises:
+            ValueError: names or shapes are not the module's, which is as it was; or the file is damaged, or no such.
+            OSError: there is no such file.
+        """
+        weights = checkpoint.read_weights(path)
+        differences = refuse_unlike(self.module, weights, repr(str(path)), strict)
+        self.module.load_state_dict(weights, strict=False)
+        if differences:
+            warnings.warn(f"{str(path)!r} was loaded but for what is {'; '.join(differences)}.", stacklevel=2)
+        return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes all of the state: weights, optimizers, schedules, loss scale, history and the callbacks of the run.
+
+        Args:
+            path: Where to, such as `"run.pt"`. Folders above it are made.
+        Raises:
+            ValueError: an ending of other files.
+            TypeError: something in the state is neither a tensor nor plain data.
+            OSError: it cannot be written; a file that was there is as it was.
+        """
+        checkpoint.refuse_ending(path, is_weights=False)
+        checkpoint.write(path, state_of(self, self._callbacks))
+
+    def load(self, path: str | os.PathLike) -> Model:
+        """Puts back what `save` wrote, but for the states of callbacks.
+
+        Args:
+            path: What `save` wrote, of a model that was made and compiled as this one.
+        Returns:
+            The model.
+        Raises:
+            RuntimeError: `compile` was not called.
+            ValueError: module, optimizers or schedules are others, and as they were; or the file is damaged, or no
+                such.
+            OSError: there is no such file.
+        """
+        saved = checkpoint.read(path)
+        if saved["optimizers"]:
+            self._refuse_uncompiled("load")
+        restore(self, saved, repr(str(path)))
+        return self
+
+    def _make_optimizer(self) -> None:
+        """Makes what `compile` left to be made when a lazy module has its parameters."""
+        self._cast(self._compiled.precision)
+        self._compiled.make_updates()
+        self.optimizer = self._compiled.optimizer
 
     # What Keras's callbacks ask a model for.
 
@@ -862,16 +949,21 @@ class Model:
 
         return batches
 
-    def _resume(self, callbacks: list[Any], bounds: limits.Limits) -> limits.Limits:
-        """Goes on from the backup that a callback has made; returns the limits of what is left."""
+    def _backup_of(self, callbacks: list[Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+        """The state to go on from, and where in the run that is; the callbacks have their part of it then."""
         backup = next((one for one in callbacks if hasattr(one, "restored")), None)
         saved = backup and backup.restored()
         if not saved:
-            return bounds
-        restore(self, saved, "the backup")
+            return None
         restore_callbacks(callbacks, saved)
-        position = self._resumed_at = backup.state_dict()
-        self._training.steps = position["steps"]
+        return saved, backup.state_dict()
+
+    def _resume(self, backup: tuple[Mapping[str, Any], Mapping[str, Any]], bounds: limits.Limits) -> limits.Limits:
+        """Goes on from a backup; returns the limits of what is left."""
+        (saved, position), history = backup, self.history
+        restore(self, saved, "the backup")
+        history.go_on_from(self.history)
+        self.history, self._resumed_at, self._training.steps = history, position, position["steps"]
         for update in self.updates.values():
             update.steps = position["steps"]
         set_random_state(position["random_at_epoch"] or position["random"])
@@ -980,7 +1072,7 @@ class Model:
             parameter.grad = gradient
 
     @contextmanager
-    def _leaving_no_trace(self, dry_run: bool | int) -> Iterator[None]:  # TODO-merge
+    def _leaving_no_trace(self, dry_run: bool | int) -> Iterator[None]:
         """In a dry run callbacks write into a folder that is gone afterwards, and the model is then as it was."""
         if not dry_run:
             yield

@@ -28,9 +28,10 @@ BELOW = {
     "__init__": {"backends", "callbacks", "history", "model", "schedules", "seeding"},
     "arguments": {"structures", "tensors"},
     "model": {
-        "arguments", "backends", "callbacks.base", "callbacks.progress", "checks", "compilation", "computation", "data",
-        "history", "limits", "loop", "losses", "metrics", "microbatch", "optimizers", "overrides", "patterns",
-        "precision", "seeding", "step", "structures", "summary", "tbptt", "tensors", "tracker",
+        "arguments", "backends", "callbacks.base", "callbacks.progress", "checkpoint", "checks", "compilation",
+        "computation", "data", "history", "limits", "loop", "losses", "metrics", "microbatch", "optimizers",
+        "overrides", "patterns", "precision", "seeding", "state", "step", "structures", "summary", "tbptt", "tensors",
+        "tracker",
     },
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
     "jit": {"computation", "losses", "memory", "structures"},
@@ -53,9 +54,15 @@ BELOW = {
     "summary": {"tracing"},
     "backends.__init__": {"backends.single"},
     "backends.single": {"structures"},
+    "state": {"checkpoint", "history"},
+    "checkpoint": {"__version__"},  # a name, not a file
     "callbacks.__init__": {
-        "callbacks.averaging", "callbacks.base", "callbacks.functions", "callbacks.monitoring", "callbacks.progress",
-        "callbacks.schedules", "callbacks.stopping", "callbacks.transfer",
+        "callbacks.averaging", "callbacks.backup", "callbacks.base", "callbacks.checkpoint", "callbacks.functions",
+        "callbacks.monitoring", "callbacks.progress", "callbacks.schedules", "callbacks.stopping", "callbacks.transfer",
+    },
+    "callbacks.backup": {"callbacks.base", "callbacks.files", "checkpoint", "seeding"},
+    "callbacks.checkpoint": {
+        "callbacks.filenames", "callbacks.files", "callbacks.monitoring", "checkpoint", "durations", "state",
     },
     "callbacks.averaging": {"callbacks.base"},
     "callbacks.functions": {"callbacks.base"},

@@ -2,7 +2,9 @@
 
 from .averaging import EMA as EMA
 from .averaging import StochasticWeightAveraging as StochasticWeightAveraging
+from .backup import BackupAndRestore as BackupAndRestore
 from .base import Callback as Callback
+from .checkpoint import ModelCheckpoint as ModelCheckpoint
 from .functions import LambdaCallback as LambdaCallback
 from .monitoring import Monitoring as Monitoring
 from .progress import ProgressBar as ProgressBar

@@ -106,9 +106,9 @@ class EMA(_Averaging):
     leaves out counts too. Only what is trained is averaged. Buffers are the model's own: BatchNorm normalizes by the
     statistics that it has. Half precision is averaged in float32, where a thousandth of the way is not rounded off.
 
-    From a validation on, until training goes on, the averages are in the module: what other callbacks save or keep at the
-    end of that epoch has the values that they monitor. Training, and an epoch without validation, has its own weights.
-    Each run starts anew, unless a state was loaded.
+    From a validation on, until training goes on, the averages are in the module: what other callbacks save or keep at
+    the end of that epoch has the values that they monitor. An epoch without validation ends with the weights of
+    training. Each run starts anew, unless a state was loaded.
 
     Args:
         decay: How much of the average stays at each update, from 0 up to but not including 1. Default: 0.999.

@@ -1,4 +1,4 @@
-"""BackupAndRestore: a run that was killed goes on where its last backup was made, when the same script is started again."""
+"""BackupAndRestore: a run that was killed goes on from its last backup, when the same script is started again."""
 
 from __future__ import annotations
 

@@ -1,0 +1,414 @@
+"""ModelCheckpoint: when a run is saved, what the files are called, and which of them are kept.
+
+What is in a file and how it gets onto the disk, the model and `checkpoint.py` decide.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Mapping, MutableMapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import WEIGHTS, refuse_ending, replacing
+from ..durations import seconds
+from ..state import refuse_unsavable
+from .filenames import FileName
+from .files import make_folder
+from .monitoring import Monitoring
+
+
+class ModelCheckpoint(Monitoring):
+    """Saves the run: after each epoch, so many batches or so much time, and all of it or the best.
+
+    A file has all of the state, for `model.load`, or the weights alone, for `model.load_weights`. It appears whole or
+    not at all. The weights are those of training, also where an `EMA` serves the validation.
+
+    What is monitored is judged at the end of each epoch, or after each validation within it. With `save_freq` batches
+    or `every`, a value of the training is judged when the time has come, a `val_` value after the next validation
+    (Keras, where it is not in the logs, saves in any case). An epoch without validation is not judged by a `val_`
+    value (Keras saves it in any case).
+
+    A second run with the same instance goes on: it saves what is better than the best of the first, as in Keras.
+
+    Args:
+        filepath: Path of the files, with names in braces: `epoch` (from 1), `step` (optimizer steps of this `fit`),
+            `batch` (from 1, not where epochs are saved), or a name in the logs: `"runs/{epoch:02d}-{val_loss:.3f}.pt"`.
+            A `val_` value that an epoch does not have is `nan`. With `save_weights_only` the ending is `.safetensors`.
+        monitor: Name in the logs that tells the best, for `save_best_only` and `save_top_k`. Default: `"val_loss"`.
+        verbose: 1 = prints a line for each file. Default: 0.
+        save_best_only: Whether to save only what is better than all before. Default: `False`.
+        save_weights_only: Whether a file has the weights alone. Default: `False`.
+        mode: `"min"`, `"max"` or `"auto"`: which way is better, as in `Monitoring`. Default: `"auto"`.
+        save_freq: `"epoch"`, or after how many batches. Default: `"epoch"`.
+        initial_value_threshold: What the first value must be better than, for `save_best_only`. Default: none.
+        save_top_k: How many files to keep, the best by `monitor`, while others are deleted; -1 = all. Where two would
+            have one name, the second gets `-v1`. Default: none is deleted.
+        save_last: Whether the newest state is at `last`, too, with the same ending, in the folder before the first
+            brace: after each epoch (or `save_freq`, `every`), among the best or not, and when a run ends or is stopped.
+            Default: `False`.
+        every: Time between two files, instead of epochs: seconds, a `timedelta`, `{"hours": 1}` or `"DD:HH:MM:SS"`.
+            Default: `None`.
+        on_exception: Whether to save to `exception`, beside `last`, when an error ends the run. Default: `False`.
+    Attributes:
+        best: The best value so far; `None` before the first.
+        best_model_path: The file with the best value, the newest one where nothing is monitored; `""` before it.
+        last_model_path: The file that `save_last` wrote; `""` before it.
+    Raises:
+        ValueError: an argument that is none of these, or a combination that means nothing. When a file is written: a
+            name in braces that the logs do not have.
+        OSError: when training begins, the folder cannot be written to; later, a file cannot be.
+        TypeError: a path that is none. Before the first epoch: the state has something that no file can hold.
+    Example:
+        >>> import tempfile, torch, kerastorch as kt
+        >>> model = kt.Model(torch.nn.Linear(2, 1), backend="cpu").compile("sgd", "mse")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saving = kt.callbacks.ModelCheckpoint(folder + "/{epoch}.pt", "loss", save_top_k=2, save_last=True)
+        ...     history = model.fit(torch.rand(8, 2), torch.ones(8, 1), epochs=4, callbacks=saving, verbose=0)
+        ...     print(sorted(os.listdir(folder)), os.path.basename(saving.best_model_path))
+        ['3.pt', '4.pt', 'last.pt'] 4.pt
+
+    Source: Keras, `ModelCheckpoint`; `save_top_k`, `save_last` and the attributes are Lightning's, whose `last` is the
+    newest among the best.
+    """
+
+    def __init__(
+        self,
+        filepath: str | os.PathLike,
+        monitor: str | None = "val_loss",
+        verbose: int = 0,
+        save_best_only: bool = False,
+        save_weights_only: bool = False,
+        mode: str = "auto",
+        save_freq: int | str = "epoch",
+        initial_value_threshold: float | None = None,
+        *,
+        save_top_k: int | None = None,
+        save_last: bool = False,
+        every: Any = None,
+        on_exception: bool = False,
+    ) -> None:
+        has_best = save_best_only or save_top_k is not None
+        super().__init__("val_loss" if monitor is None and not has_best else monitor, mode)
+        if not isinstance(filepath, (str, Path)):
+            raise TypeError(f"filepath={filepath!r} is a {type(filepath).__name__}, expected a path such as 'run.pt'.")
+        self.monitor: str | None = self.monitor if has_best else None
+        self.filepath, self.verbose, self.save_freq = str(filepath), verbose, save_freq
+        self.save_best_only, self.save_top_k, self.save_weights_only = save_best_only, save_top_k, save_weights_only
+        self.initial_value_threshold, self.save_last, self.saves_errors = (
+            initial_value_threshold,
+            save_last,
+            on_exception,
+        )
+        self.every_s = None if every is None else seconds(every, "every")
+        self._name = FileName(self.filepath)
+        self._refuse_mistakes()
+        self.best: float | None = None if initial_value_threshold is None else float(initial_value_threshold)
+        self.best_model_path = self.last_model_path = ""
+        self._kept: dict[str, float] = {}  # files of `save_top_k` and their values, oldest first
+        self._epoch, self._batch, self._batches, self._began = 0, -1, 0, 0.0
+        self._is_due = self._saves_epochs
+        self._is_running = self._is_checked = False
+        self._before_dry_run: dict[str, Any] | None = None
+        self._newest = ""  # the file of this moment
+        self._steps_of_last: int | None = None
+        if self._saves_epochs and type(self).on_train_batch_end is ModelCheckpoint.on_train_batch_end:
+            self.on_train_batch_end = super().on_train_batch_end  # none, so that the loop calls none
+
+    @property
+    def keys_needed(self) -> tuple[str, ...]:
+        """Names in `filepath` that the logs must have."""
+        return tuple(name for name in self._name.names if name not in FileName.COUNTS)
+
+    @property
+    def best_model_score(self) -> float | None:
+        """The value of the file at `best_model_path`; `None` where there is none, or nothing is monitored."""
+        return self.best if self.best_model_path and self.monitor is not None else None
+
+    # When.
+
+    def on_train_begin(self, logs: MutableMapping | None = None) -> None:
+        super().on_train_begin(logs)
+        make_folder(self.model.path_for(self._name.folder), type(self).__name__)
+        self._before_dry_run = self.state_dict() if self.model.is_dry_run else None
+        self._kept = {path: value for path, value in self._kept.items() if self._is_there(path)}
+        self._is_running, self._is_checked, self._newest, self._steps_of_last = True, False, "", None
+        self._began = time.monotonic()
+
+    def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        super().on_epoch_begin(epoch, logs)
+        self._epoch = epoch
+        if not self._is_checked:  # here, where all callbacks have begun
+            refuse_unsavable(self.model, is_weights=self.save_weights_only)
+            self._is_checked = True
+
+    def on_train_batch_end(self, batch: int, logs: MutableMapping | None = None) -> None:
+        self._batch = batch
+        if self._saves_epochs or not self._is_time():
+            return
+        self._is_due = True
+        if self.monitor is None:
+            self._save(self._epoch, logs)
+        elif not self._awaits_validation:
+            self._judge(self._epoch, logs)
+        self._update_last()
+
+    def on_interval_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        if self._awaits_validation:
+            super().on_interval_end(epoch, logs)
+            self._newest = ""
+
+    def on_epoch_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        if self.monitor is None and self._saves_epochs:
+            self._save(epoch, logs)
+        elif self._awaits_validation or (self.monitor is not None and self._saves_epochs):
+            super().on_epoch_end(epoch, logs)
+        if self._saves_epochs:
+            self._update_last()
+        self._newest = ""
+
+    def judge(self, epoch: int, logs: MutableMapping, value: float) -> None:
+        if not self._is_due:
+            return
+        self._is_due = self._saves_epochs
+        if self._is_among_best(value):
+            self._save(epoch, logs, value)
+        elif self.verbose:
+            _say(f"Epoch {epoch + 1}: {self.monitor} = {value:.5f} is not among the best, down to {self._bound():.5f}")
+
+    def on_train_end(self, logs: MutableMapping | None = None) -> None:
+        if self._steps_of_last != self.model.steps_taken:
+            self._update_last()
+        if self.monitor is not None:
+            super().on_train_end(logs)
+        self._end()
+
+    def on_exception(self, error: BaseException) -> None:
+        if not self._is_running:
+            return
+        # Who presses Ctrl-C a second time wants the end at once.
+        if self.saves_errors and self.model.steps_taken and not isinstance(error, KeyboardInterrupt):
+            try:
+                self._newest = ""
+                self._write(self._beside("exception"))
+                self._newest = self._beside("exception")
+                self._update_last()
+            except Exception as failure:  # the first error is the one to be seen
+                warnings.warn(f"{type(self).__name__} could not save what {error!r} ended: {failure}", stacklevel=2)
+        self._end()
+
+    def _end(self) -> None:
+        """After a run; of a dry one nothing is left."""
+        self._is_running = False
+        if self._before_dry_run is not None:
+            self._take(self._before_dry_run)
+
+    @property
+    def _saves_epochs(self) -> bool:
+        return self.save_freq == "epoch" and self.every_s is None
+
+    @property
+    def _awaits_validation(self) -> bool:
+        return self.monitor is not None and self.monitor.startswith("val_")
+
+    def _is_time(self) -> bool:
+        if self.every_s is None:
+            self._batches = (self._batches + 1) % self.save_freq
+            return self._batches == 0
+        now = time.monotonic()
+        if now - self._began < self.every_s:
+            return False
+        self._began = now
+        return True
+
+    # Which.
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether one of the files kept goes when another one comes."""
+        return self.save_top_k is not None and 0 < self.save_top_k <= len(self._kept)
+
+    def _is_among_best(self, value: float) -> bool:
+        return (not self.save_best_only and not self._is_full) or self.is_better(value, self._bound())
+
+    def _bound(self) -> float | None:
+        """What must be beaten."""
+        return self._kept[self._worst()] if self._is_full else self.best
+
+    def _worst(self) -> str:
+        """The file to give up; of equal ones the oldest."""
+        return max(self._kept, key=lambda path: self._loss(self._kept[path]))
+
+    def _loss(self, value: float) -> float:
+        """A value of which lower is better, and NaN worst."""
+        return math.inf if math.isnan(value) else value if self.mode == "min" else -value
+
+    def _save(self, epoch: int, logs: Mapping[str, Any] | None, value: float | None = None) -> None:
+        """Writes a file, and deletes the one that it takes the place of: when it is safe, and not before."""
+        before = self.best, self.best_model_path, dict(self._kept)
+        loser = self._worst() if self._is_full else None
+        path = self._path(epoch, {} if logs is None else logs, loser)
+        self._note(path, value, loser)  # first: the file has it too
+        try:
+            self._write(path)
+        except BaseException:
+            self.best, self.best_model_path, self._kept = before
+            raise
+        self._newest = path
+        if self.verbose:
+            what = "" if value is None else f"{self.monitor} = {value:.5f}, the best is {self.best:.5f}, "
+            _say(f"Epoch {epoch + 1}: {what}saved {path}")
+        if loser is not None and loser != path:
+            self._delete(loser)
+
+    def _path(self, epoch: int, logs: Mapping[str, Any], loser: str | None) -> str:
+        counts = {"epoch": epoch + 1, "batch": self._batch + 1, "step": self.model.steps_taken}
+        path = self._name.filled(counts, logs)
+        stem, suffix, number = path.removesuffix(self._name.suffix), self._name.suffix, 0
+        while path in self._kept and path != loser:
+            number += 1
+            path = f"{stem}-v{number}{suffix}"
+        return path
+
+    def _note(self, path: str, value: float | None, loser: str | None) -> None:
+        if value is None:
+            self.best_model_path = path
+        elif self.save_best_only:
+            self.best, self.best_model_path = value, path
+        else:
+            self._kept.pop(loser, None)
+            self._kept[path] = value
+            self.best_model_path = min(self._kept, key=lambda one: self._loss(self._kept[one]))
+            self.best = self._kept[self.best_model_path]
+
+    # Files.
+
+    def _write(self, path: str) -> None:
+        save = self.model.save_weights if self.save_weights_only else self.model.save
+        save(self.model.path_for(path))
+
+    def _update_last(self) -> None:
+        """The state of this moment at `last`: a link to the file of this moment, where there is one."""
+        newest, self._newest = self._newest, ""
+        if not self.save_last:
+            return
+        self._steps_of_last, self.last_model_path = self.model.steps_taken, self._beside("last")
+        if not newest:
+            self._write(self.last_model_path)
+            return
+        source = self.model.path_for(newest)
+        with replacing(self.model.path_for(self.last_model_path)) as temporary:
+            try:
+                os.link(source, temporary)
+            except OSError:  # not every file system has links
+                shutil.copyfile(source, temporary)
+
+    def _is_there(self, path: str) -> bool:
+        """Whether a file kept before is one to go on with; what is elsewhere is not ours to delete."""
+        return Path(path).parent.is_relative_to(self._name.folder) and self.model.path_for(path).exists()
+
+    def _delete(self, path: str) -> None:
+        try:
+            self.model.path_for(path).unlink(missing_ok=True)
+        except OSError as error:  # no reason to end a run
+            warnings.warn(f"{type(self).__name__} could not delete {path!r}: {error.strerror}.", stacklevel=2)
+
+    def _beside(self, name: str) -> str:
+        return os.path.join(self._name.folder, name + self._name.suffix)
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value, and the files that are kept with their values."""
+        return super().state_dict() | {
+            "best": self.best,
+            "kept": [[path, value] for path, value in self._kept.items()],
+            "best_model_path": self.best_model_path,
+            "last_model_path": self.last_model_path,
+            "batches": self._batches,
+            "is_due": self._is_due,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state; files that are no longer there are forgotten when the run begins."""
+        super().load_state_dict(state)
+        self._take(state)
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        self.best, self._kept = state["best"], dict(state["kept"])
+        self.best_model_path, self.last_model_path = state["best_model_path"], state["last_model_path"]
+        self._batches, self._is_due = state["batches"], state["is_due"]
+
+    # Mistakes.
+
+    def _refuse_mistakes(self) -> None:
+        self._refuse_paths()
+        self._refuse_moments()
+        self._refuse_best()
+
+    def _refuse_paths(self) -> None:
+        refuse_ending(self.filepath, is_weights=self.save_weights_only)
+        if self.save_weights_only and self._name.suffix not in WEIGHTS:
+            raise ValueError(
+                f"filepath={self.filepath!r} does not end in {WEIGHTS[0]!r}, as files of save_weights_only=True do. "
+                f"Give {self.filepath.removesuffix(self._name.suffix) + WEIGHTS[0]!r}."
+            )
+        for name, is_written in (("last", self.save_last), ("exception", self.saves_errors)):
+            if is_written and os.path.normpath(self._beside(name)) == os.path.normpath(self.filepath):
+                raise ValueError(f"filepath={self.filepath!r} is where {name!r} goes, too. Give it another name.")
+
+    def _refuse_moments(self) -> None:
+        if self.save_freq != "epoch" and (not _is_whole(self.save_freq) or self.save_freq < 1):
+            raise ValueError(
+                f"save_freq={self.save_freq!r} is neither 'epoch' nor a number of batches from 1 up. For a time give "
+                f"every, such as every={{'hours': 1}}."
+            )
+        if self.save_freq != "epoch" and self.every_s is not None:
+            raise ValueError(f"save_freq={self.save_freq} and every both say when to save. Give one of them.")
+        if self._saves_epochs and "batch" in self._name.names:
+            raise ValueError(
+                f"filepath={self.filepath!r} names the batch, but epochs are saved. Name the epoch or the step, or "
+                f"give save_freq a number of batches."
+            )
+        unknown = [name for name in self.keys_needed if name.startswith("val_")]
+        if unknown and not self._saves_epochs and not self._awaits_validation:
+            raise ValueError(
+                f"filepath={self.filepath!r} names {unknown[0]!r}, which is not known within an epoch. Name the epoch "
+                f"or the step."
+            )
+
+    def _refuse_best(self) -> None:
+        count, threshold = self.save_top_k, self.initial_value_threshold
+        if count is not None and (not _is_whole(count) or count < -1 or count == 0):
+            raise ValueError(f"save_top_k={count!r} is no number of files. Give 1 or more, or -1 for all of them.")
+        if count is not None and self.save_best_only:
+            raise ValueError(
+                f"save_best_only=True and save_top_k={count} both say what to keep. Give save_top_k, which deletes "
+                f"what is no longer among the best, or save_best_only, which deletes nothing."
+            )
+        if count not in (None, 1) and not self._name.names:
+            raise ValueError(
+                f"save_top_k={count} keeps several files, but filepath={self.filepath!r} is one. Name the epoch in it: "
+                f"{{epoch}}."
+            )
+        is_number = isinstance(threshold, Real) and not isinstance(threshold, bool)
+        if threshold is not None and not (is_number and self.save_best_only):
+            raise ValueError(
+                f"initial_value_threshold={threshold!r} is a number for save_best_only=True to compare with. Give "
+                f"both, or neither."
+            )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _say(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line)  # above a live line
