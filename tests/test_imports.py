@@ -49,6 +49,7 @@ BELOW = {
     "data": {"seeding", "structures", "tensors"},
     "tensors": {"structures"},
     "checks": {"callbacks.base", "structures"},
+    "durations": set(),
     "summary": {"tracing"},
     "backends.__init__": {"backends.single"},
     "backends.single": {"structures"},
