@@ -966,7 +966,7 @@ class Model:
         self.history, self._resumed_at, self._training.steps = history, position, position["steps"]
         for update in self.updates.values():
             update.steps = position["steps"]
-        set_random_state(position["random_at_epoch"] or position["random"])
+        set_random_state(position["random_at_epoch"])
         return replace(bounds, first_epoch=position["epoch"], first_batch=position["batch"])
 
     def _batches(self, batches: Iterable, is_evaluated: bool = False) -> Iterator:

@@ -210,7 +210,8 @@ def _history_state(history: Any) -> dict[str, Any] | None:
     epochs = history._epochs_of
     values = {name: dict(zip(epochs[name], column, strict=True)) for name, column in history.history.items()}
     logs = [{name: known[epoch] for name, known in values.items() if epoch in known} for epoch in history.epoch]
-    return {"params": dict(history.params), "epoch": list(history.epoch), "logs": logs}
+    kept = {"params": dict(history.params), "epoch": list(history.epoch), "logs": logs}
+    return kept | {"intervals": history.intervals}
 
 
 def _history_from(state: Mapping[str, Any] | None) -> History | None:

@@ -20,8 +20,10 @@ class BackupAndRestore(Callback):
 
     The backup has weights, optimizers, schedules, history, all callbacks' states and the random numbers; it is made
     between two epochs, or between two batches, when all callbacks have done their part. The run that goes on takes the
-    steps that the other would have taken. With `save_freq` in batches it goes through the batches before the backup
-    once more, without training on them, and the means that this one epoch logs are those of its other batches.
+    steps that the other would have taken, bit for bit on the CPU. With `save_freq` in batches it goes through those
+    before the backup once more, without training on them, and the means that this one epoch logs are those of its other
+    batches. What cannot be exact: samples that are augmented at random, and the order of a loader that shuffles, beside
+    `steps_per_epoch` as a count.
 
     Args:
         backup_dir: Folder of the backup, of this run alone.
@@ -84,10 +86,10 @@ class BackupAndRestore(Callback):
         self._batches, self._is_begun = 0, False
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        self._at_epoch = random_state()
         if self._is_begun and self.save_freq == "epoch":
             self._save(epoch, 0)
         self._epoch, self._is_begun = epoch, True
-        self._at_epoch = random_state()
 
     def on_train_batch_begin(self, batch: int, logs: MutableMapping | None = None) -> None:
         if self.save_freq == "epoch":
@@ -107,9 +109,9 @@ class BackupAndRestore(Callback):
             "epoch": epoch,
             "batch": batch,
             "steps": self.model.steps_taken,
-            "random": random_state(),
             # A loader draws the order of an epoch when it begins.
-            "random_at_epoch": self._at_epoch if batch else None,
+            "random_at_epoch": self._at_epoch,
+            "random": random_state() if batch else self._at_epoch,
         }
         if self.double_checkpoint and self._newest.exists():
             os.replace(self._newest, self._previous)
