@@ -63,6 +63,8 @@ class ProgressBar(Callback):
         >>> bar = ProgressBar(refresh_s=1.0)  # for a slow connection: fit(..., callbacks=[bar])
     """
 
+    adds_to_logs = ()
+
     def __init__(self, refresh_s: float = 0.1, *, verbose: int | str = "auto", stream: TextIO | None = None) -> None:
         if not refresh_s >= 0:
             raise ValueError(f"refresh_s={refresh_s} is no time. Give seconds from 0 up, e.g. 0.1.")
@@ -80,23 +82,34 @@ class ProgressBar(Callback):
         number = f"{epoch + 1}" if epochs is None else f"{epoch + 1}/{epochs}"
         self._epoch_name = f"Epoch {number}" if self._is_live else f"[{number}]"
         self._epoch_began, self._samples_per_s = time.monotonic(), None
+        self._batches, self._trained_s = 0, 0.0
         self._open(self._epoch_name, self.params["steps"])
 
     def on_train_batch_end(self, batch: int, logs: MutableMapping | None = None) -> None:
+        self._batches = batch + 1
         if time.monotonic() >= self._due:
             self._refresh(batch + 1, logs)
 
     def on_validation_begin(self, logs: MutableMapping | None = None) -> None:
         # Now, while `samples_seen` is still that of training.
-        self._samples_per_s = self._measured_samples_per_s()
+        self._trained_s += time.monotonic() - self._began
+        self._samples_per_s = self.model.samples_seen / max(self._trained_s, 1e-9)
         # A validation of a moment shall not flash up; half, so that the first refresh is past the delay.
         self._open(f"{self._epoch_name} validating", delay_s=self.refresh_s / 2)
 
     def on_validation_end(self, logs: MutableMapping | None = None) -> None:
         self._close()
 
+    def on_interval_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        self._print(self._joined([self._epoch_name, _done(self._batches, self.params["steps"])], _numbers(logs)))
+        self._open(self._epoch_name, self.params["steps"], shown=self._batches)
+        self._samples_per_s = None
+
     def on_epoch_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
-        samples_per_s = self._measured_samples_per_s() if self._samples_per_s is None else self._samples_per_s
+        samples_per_s = self._samples_per_s
+        if samples_per_s is None:
+            self._trained_s += time.monotonic() - self._began
+            samples_per_s = self.model.samples_seen / max(self._trained_s, 1e-9)
         self._conclude(self._epoch_name, time.monotonic() - self._epoch_began, samples_per_s, _numbers(logs))
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
@@ -144,15 +157,15 @@ class ProgressBar(Callback):
     def _measured_samples_per_s(self) -> float:
         return self.model.samples_seen / max(time.monotonic() - self._began, 1e-9)
 
-    def _open(self, name: str, steps: int | None = None, delay_s: float = 0.0) -> None:
-        """Begins a stretch of steps that is counted and timed on its own; `steps=None` = nobody knows how many."""
+    def _open(self, name: str, steps: int | None = None, delay_s: float = 0.0, shown: int = 0) -> None:
+        """Begins a stretch of steps that is timed on its own, after those shown; `steps=None` = not known."""
         self._close()
-        self._name, self._steps, self._steps_shown = name, steps, 0
+        self._name, self._steps, self._steps_shown = name, steps, shown
         self._began = self._shown_at = time.monotonic()
         self._every_s = self.refresh_s if self._is_live else HEARTBEAT_S if self.verbose else math.inf
         self._due = self._began + self._every_s
         if self._is_live:
-            self._bar = _open_bar(name, steps, self._out(), delay_s)
+            self._bar = _open_bar(name, steps, self._out(), delay_s, shown)
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -168,7 +181,7 @@ class ProgressBar(Callback):
             self._bar.set_postfix_str(self._joined([pace], values), refresh=False)
             self._bar.update(steps - self._steps_shown)
         else:
-            done = f"step {steps}" if self._steps is None else f"{steps}/{self._steps}"
+            done = _done(steps, self._steps)
             self._print(self._joined([self._name, done, _duration(now - self._began), pace], values))
         self._steps_shown, self._shown_at, self._due = steps, now, now + self._every_s
 
@@ -200,6 +213,10 @@ class ProgressBar(Callback):
             print(line, file=self._out(), flush=True)  # a pipe is buffered: nobody would see a heartbeat for hours
 
 
+def _done(steps: int, of: int | None) -> str:
+    return f"step {steps}" if of is None else f"{steps}/{of}"
+
+
 def _checked(verbose: Any) -> int:
     if isinstance(verbose, str) and verbose == "auto":
         return 1  # where nothing can be live, 1 is 2
@@ -226,7 +243,7 @@ def is_notebook() -> bool:
     return shell is not None and "IPKernelApp" in getattr(shell, "config", {})
 
 
-def _open_bar(name: str, steps: int | None, stream: TextIO, delay_s: float) -> Any:
+def _open_bar(name: str, steps: int | None, stream: TextIO, delay_s: float, shown: int) -> Any:
     layout = UNKNOWN_LENGTH if steps is None else KNOWN_LENGTH
     if _has_widgets() and stream is sys.stdout:
         from tqdm.notebook import tqdm
@@ -236,7 +253,8 @@ def _open_bar(name: str, steps: int | None, stream: TextIO, delay_s: float) -> A
         from tqdm import tqdm
     # Each update is a refresh that is due, so tqdm must not skip any by its own reckoning.
     always = {"mininterval": 0, "miniters": 1, "dynamic_ncols": True}
-    return tqdm(desc=name, total=steps, file=stream, leave=False, bar_format=layout, delay=delay_s, **always)
+    always |= {"file": stream, "leave": False, "bar_format": layout}
+    return tqdm(desc=name, total=steps, initial=shown, delay=delay_s, **always)
 
 
 def _has_widgets() -> bool:

@@ -145,6 +145,36 @@ def test_terminal_of_unknown_length_counts_steps(clock):
     check_golden("terminal_unknown_length", run_fit(connected(ProgressBar(1.0, stream=Terminal()), steps=None), clock))
 
 
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO], ids=["live", "plain"])
+def test_validations_within_an_epoch_leave_a_line_each_and_training_is_shown_again(clock, stream):
+    bar = connected(ProgressBar(stream=stream()), steps=100, epochs=None)
+    bar.on_train_begin({})
+    bar.on_epoch_begin(0, {})
+    for batch in range(100):
+        clock.now += 0.01
+        bar.on_train_batch_end(batch, Logs(lambda: {"loss": 0.5}))
+        bar.model.samples_seen = 32 * (batch + 1)
+        if batch + 1 in (40, 80):
+            bar.on_validation_begin({})
+            clock.now += 100
+            bar.model.samples_seen = 7  # of the validation
+            bar.on_validation_end({})
+            bar.model.samples_seen = 32 * (batch + 1)
+            bar.on_interval_end(0, {"loss": 0.5, "val_loss": 0.25})
+    bar.on_epoch_end(0, {"loss": 0.5, "val_loss": 0.25})
+    bar.on_train_end({})
+    printed = bar.stream.getvalue()
+    lines = [line for line in shown_on_screen(printed) if line]
+    name, gap, link = ("Epoch 1", "  ", " ") if stream is Terminal else ("[1]", " ", "=")
+    values = gap.join(f"{one}{link}{value}" for one, value in (("loss", "0.5000"), ("val_loss", "0.2500")))
+    assert lines == [
+        gap.join([name, "40/100", values]),
+        gap.join([name, "80/100", values]),
+        gap.join([name, "3m21s", "3.2k samples/s", values]),
+    ]
+    assert ("90/100" in printed) == (stream is Terminal), "after a validation the bar goes on where it was"
+
+
 def test_star_marks_values_better_than_in_all_epochs_before(clock):
     printed = run_fit(connected(ProgressBar(stream=Terminal())), clock)
     starred = [re.findall(r"(\w+) [\d.e-]+ \*", line) for line in shown_on_screen(printed)[:3]]
