@@ -235,7 +235,7 @@ class TerminateOnNaN(Callback):
         self._due = 0.0
 
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
-        self._has_said, self._slots = False, ()
+        self._has_said = False
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
         self._epoch, self._batches, self._due = epoch, [], time.monotonic() + READ_EVERY_S
@@ -270,7 +270,6 @@ class TerminateOnNaN(Callback):
         for batch, loss in zip(batches, losses, strict=True):
             if not math.isfinite(loss):
                 self._end(batch, loss)
-                return
 
     def _end(self, batch: int, loss: float) -> None:
         if self.raise_error:
