@@ -103,7 +103,7 @@ class ReduceLROnPlateau(Monitoring):
 
     def judge(self, epoch: int, logs: MutableMapping, value: float) -> None:
         if self.cooldown_counter > 0:
-            self.cooldown_counter, self.wait = self.cooldown_counter - 1, 0
+            self.cooldown_counter -= 1
         if self.is_better(value, self.best):
             self.best, self.wait = value, 0
         elif self.cooldown_counter == 0:

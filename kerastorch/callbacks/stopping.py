@@ -218,8 +218,9 @@ class TerminateOnNaN(Callback):
     Example:
         >>> import kerastorch as kt
         >>> model, x = kt.Model(torch.nn.Linear(2, 1), backend="cpu").compile("sgd", "mse", lr=1e30), torch.ones(8, 2)
-        >>> history = model.fit(x, x[:, :1], batch_size=4, epochs=9, callbacks=TerminateOnNaN(), verbose=0)
-        Epoch 1: the loss of batch 2 is inf, the run ends.
+        >>> model.fit(x, x[:, :1], batch_size=4, callbacks=TerminateOnNaN(raise_error=True))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        RuntimeError: NaN or Inf loss encountered at batch 2 of epoch 1, both counted from 1. Loss value: inf. Try ...
 
     Source: Keras, `TerminateOnNaN`.
     """
@@ -235,7 +236,7 @@ class TerminateOnNaN(Callback):
         self._due = 0.0
 
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
-        self._has_said, self._slots = False, ()
+        self._has_said = False
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
         self._epoch, self._batches, self._due = epoch, [], time.monotonic() + READ_EVERY_S
@@ -245,7 +246,8 @@ class TerminateOnNaN(Callback):
 
     def on_before_backward(self, loss: Any) -> None:
         if _is_at_hand(loss):
-            self._look_at([self._batch], [loss.item()])
+            if not math.isfinite(value := loss.item()):
+                self._end(self._batch, value)
             return
         if not self._slots:
             dtype = torch.float32 if loss.device.type == "mps" else torch.float64  # which MPS does not have
@@ -264,13 +266,10 @@ class TerminateOnNaN(Callback):
         """Waits for the device."""
         batches, self._batches = self._batches, []
         self._due = time.monotonic() + READ_EVERY_S
-        self._look_at(batches, torch.stack(self._slots[: len(batches)]).tolist())
-
-    def _look_at(self, batches: list[int], losses: list[float]) -> None:
+        losses = torch.stack(self._slots[: len(batches)]).tolist()
         for batch, loss in zip(batches, losses, strict=True):
             if not math.isfinite(loss):
                 self._end(batch, loss)
-                return
 
     def _end(self, batch: int, loss: float) -> None:
         if self.raise_error:
