@@ -1016,6 +1016,7 @@ class Model:
     def _refuse_unfit(self, callbacks: list[Any], is_validated: bool) -> None:
         """Callbacks and a validation that this model cannot have."""
         checks.refuse_two_averages(callbacks)
+        checks.refuse_lost_weights(callbacks)
         if is_validated and self._overrides("train_step") and not self._overrides("compute_loss"):
             checks.refuse_no_forward(self.module)
         if self._overrides("train_step") or self._overrides("compute_loss") or self._compiled.has_own_loss:

@@ -45,6 +45,7 @@ BELOW = {
     "accumulation": {"losses"},
     "precision": {"structures"},
     "optimizers": {"patterns"},
+    "schedules": {"directions"},
     "tracker": {"history", "losses", "metrics", "structures"},
     "metrics": {"losses", "structures", "targets"},
     "losses": {"targets"},
@@ -59,21 +60,23 @@ BELOW = {
     "state": {"checkpoint", "history"},
     "checkpoint": {"__version__"},  # a name, not a file
     "callbacks.__init__": {f"callbacks.{path.stem}" for path in (PACKAGE / "callbacks").glob("*.py")},
-    "callbacks.averaging": {"callbacks.base"},
+    "callbacks.averaging": {"callbacks.base", "callbacks.rates"},
     "callbacks.backup": {"callbacks.base", "callbacks.files", "checkpoint", "seeding"},
     "callbacks.checkpoint": {
         "callbacks.filenames", "callbacks.files", "callbacks.monitoring", "checkpoint", "durations", "state",
     },
     "callbacks.functions": {"callbacks.base"},
     "callbacks.measuring": {"callbacks.base", "durations"},
-    "callbacks.monitoring": {"callbacks.base"},
+    "callbacks.monitoring": {"callbacks.base", "directions"},
     "callbacks.predictions": {"callbacks.base", "callbacks.files"},
     "callbacks.profiler": {"callbacks.base", "callbacks.files"},
-    "callbacks.schedules": {"callbacks.base", "callbacks.messages", "callbacks.monitoring", "callbacks.values"},
+    "callbacks.schedules": {
+        "callbacks.base", "callbacks.messages", "callbacks.monitoring", "callbacks.rates", "callbacks.values",
+    },
     "callbacks.stopping": {"callbacks.base", "callbacks.messages", "callbacks.monitoring", "callbacks.values"},
     "callbacks.throughput": {"callbacks.base", "flops", "structures"},
-    "callbacks.transfer": {"callbacks.base", "patterns"},
-    "callbacks.progress": {"callbacks.base"},
+    "callbacks.transfer": {"callbacks.base", "callbacks.rates", "patterns"},
+    "callbacks.progress": {"callbacks.base", "directions"},
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 REQUIRED = {"torch", "numpy", "tqdm", "tabulate", "colorama", "torchmetrics", "safetensors", "psutil"}
