@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import secrets
+import sys
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
@@ -206,14 +207,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{str(path)!r} is a folder. Give the path of a file in it.")
+    before = sys.exc_info()[1]
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, target)
+        try:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)  # also where both are links to one file: then moving it does nothing
     except Exception as error:
-        cause = _cause(error)
+        cause = _cause(error, before)
         if cause is None:
             raise
         raise type(cause)(
@@ -221,8 +226,6 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             f"{str(path)!r} cannot be written: {cause.strerror}. Make room or give another path; a file that was there "
             f"is as it was.",
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)  # also where both were links to one file: then the move did nothing
 
 
 def _flush(path: Path) -> None:
@@ -230,15 +233,20 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _cause(error: BaseException | None) -> OSError | None:
-    """What the system had against it, below what torch or safetensors say on top of that."""
-    while error is not None:
-        if isinstance(error, OSError) and error.strerror:
+def _cause(error: BaseException | None, before: BaseException | None) -> OSError | None:
+    """What the system had against it, below what torch, safetensors and this file say on top of that.
+
+    Args:
+        error: The error.
+        before: One that was being handled when it came, and has nothing to do with it.
+    """
+    while error is not None and error is not before:
+        if isinstance(error, OSError) and error.strerror and error.__cause__ is None:
             return error
         code = re.search(r"\(os error (\d+)\)", str(error))
         if code:
             return OSError(int(code[1]), os.strerror(int(code[1])))
-        error = error.__context__
+        error = error.__cause__ or error.__context__
     return None
 
 

@@ -289,8 +289,13 @@ class ModelCheckpoint(Monitoring):
     # Files.
 
     def _write(self, path: str) -> None:
-        save = self.model.save_weights if self.save_weights_only else self.model.save
-        save(self.model.path_for(path))
+        self._write_to(self.model.path_for(path))
+
+    def _write_to(self, path: Path) -> None:
+        if self.save_weights_only:
+            self.model.save_weights(path)
+        else:
+            self.model.save(path)
 
     def _update_last(self) -> None:
         """The state of this moment at `last`: a link to the file of this moment, where there is one."""
@@ -298,15 +303,12 @@ class ModelCheckpoint(Monitoring):
         if not self.save_last:
             return
         self._steps_of_last, self.last_model_path = self.model.steps_taken, self._beside("last")
-        if not newest:
-            self._write(self.last_model_path)
-            return
-        source = self.model.path_for(newest)
+        # A file of its own each time: what is written into a link is written into the file that it links to.
         with replacing(self.model.path_for(self.last_model_path)) as temporary:
-            try:
-                os.link(source, temporary)
-            except OSError:  # not every file system has links
-                shutil.copyfile(source, temporary)
+            if newest:
+                _link(self.model.path_for(newest), temporary)
+            else:
+                self._write_to(temporary)
 
     def _is_there(self, path: str) -> bool:
         """Whether a file kept before is one to go on with; what is elsewhere is not ours to delete."""
@@ -406,6 +408,13 @@ class ModelCheckpoint(Monitoring):
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every file system has links
+        shutil.copyfile(source, target)
 
 
 def _say(line: str) -> None:
