@@ -52,8 +52,13 @@ BELOW = {
     "summary": {"tracing"},
     "backends.__init__": {"backends.single"},
     "backends.single": {"structures"},
-    "callbacks.__init__": {"callbacks.averaging", "callbacks.base", "callbacks.progress", "callbacks.transfer"},
+    "callbacks.__init__": {
+        "callbacks.averaging", "callbacks.base", "callbacks.loggers", "callbacks.progress", "callbacks.tensorboard",
+        "callbacks.transfer",
+    },
     "callbacks.averaging": {"callbacks.base"},
+    "callbacks.loggers": {"callbacks.base", "callbacks.files"},
+    "callbacks.tensorboard": {"callbacks.files", "callbacks.loggers"},
     "callbacks.transfer": {"callbacks.base", "patterns"},
     "callbacks.progress": {"callbacks.base"},
 }  # fmt: skip
