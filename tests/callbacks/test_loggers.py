@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -429,7 +430,12 @@ class Wandb:
         self.before = set(self.files())
 
     def files(self):
-        return sorted(self.folder.glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_ctime_ns)
+        return list(self.folder.glob("offline-run-*/*.wandb"))
+
+    def written(self):
+        """The records of each new file, in the order of the runs."""
+        files = [finished(file) for file in self.files() if file not in self.before]
+        return sorted(files, key=lambda written: run_of(written).start_time.ToNanoseconds())
 
     def start(self):
         return self.module.init().id
@@ -441,28 +447,47 @@ class Wandb:
         self.module.run.finish()
 
     def runs(self):
-        """By id, in order: parameters, {name: [(step, value)]}, and the status."""
+        """By id: parameters, {name: [(step, value)]}, and the status."""
         found = {}
-        for file in (file for file in self.files() if file not in self.before):
-            params, metrics, status = found.setdefault(file.stem.removeprefix("run-"), ({}, {}, []))
-            for record in records(file):
-                for item in (*record.run.config.update, *record.config.update):
-                    params[item.key or item.nested_key[0]] = json.loads(item.value_json)
-                row = {
-                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
-                }
+        for written in self.written():
+            params, metrics, status = found.setdefault(run_of(written).run_id, ({}, {}, []))
+            for record in written:
+                params |= {keys(item): json.loads(item.value_json) for item in configured(record)}
+                row = {keys(item): json.loads(item.value_json) for item in record.history.item}
                 for name, value in row.items():
                     kind, _, short = name.partition("/")
-                    axis = f"{kind}/{ {'epoch': 'epoch', 'batch': 'batch_step', 'interval': 'step'}.get(kind) }"
+                    axis = f"{kind}/{AXES.get(kind)}"
                     if axis in row and name != axis:
-                        metrics.setdefault(short if kind == "epoch" else f"{kind}_{short}", []).append(
-                            (row[axis], value)
-                        )
+                        values = metrics.setdefault(short if kind == "epoch" else f"{kind}_{short}", [])
+                        values.append((row[axis], value))
                 if record.HasField("exit"):
                     status.append({0: "FINISHED", 1: "FAILED", 255: "KILLED"}[record.exit.exit_code])
-        return {
-            name: (params, metrics, status[-1] if status else None) for name, (params, metrics, status) in found.items()
-        }
+        return {name: (params, metrics, status[-1]) for name, (params, metrics, status) in found.items()}
+
+
+AXES = {"epoch": "epoch", "batch": "batch_step", "interval": "step"}
+
+
+def keys(item):
+    return item.key or "/".join(item.nested_key)
+
+
+def run_of(written):
+    return next(record.run for record in written if record.HasField("run"))
+
+
+def configured(record):
+    return (*record.run.config.update, *record.config.update)
+
+
+def finished(file):
+    """The records in a file, once the last is there: wandb writes on when `finish` has returned."""
+    found, until = [], time.monotonic() + 20
+    while not any(record.HasField("exit") for record in found):
+        assert time.monotonic() < until, f"{file} was never finished"
+        time.sleep(0.01)
+        found = list(records(file))
+    return found
 
 
 def records(file):
@@ -683,8 +708,8 @@ def test_wandb_gets_what_init_takes_and_axes(digits, wandb, offline):
     look = At(lambda: seen.append((wandb.run.project, wandb.run.name, wandb.run.tags, wandb.run.config["epochs"])))
     fit(digits, WandbLogger("digits", name="first", tags=["a"], config={"epochs": "many"}), look)
     assert seen == [("digits", "first", ("a",), "many")]
-    (file,) = set(service.files()) - service.before
-    metrics = [record.metric for record in records(file) if record.HasField("metric")]
+    (written,) = service.written()
+    metrics = [record.metric for record in written if record.HasField("metric")]
     axes = {metric.glob_name: metric.step_metric for metric in metrics if metric.glob_name}
     assert axes == {"epoch/*": "epoch/epoch", "batch/*": "batch/batch_step", "interval/*": "interval/step"}
 
