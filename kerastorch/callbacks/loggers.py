@@ -21,7 +21,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 from torch import Tensor
 
 from .base import Callback
@@ -159,7 +158,7 @@ def _cell(value: Any) -> Any:
     """A value as Keras's `CSVLogger` writes it; numbers in tensors as numbers."""
     if isinstance(value, Tensor):
         value = value.tolist()
-    if isinstance(value, str) or not isinstance(value, Iterable) or np.ndim(value) == 0:
+    if isinstance(value, str) or not isinstance(value, Iterable) or getattr(value, "ndim", None) == 0:
         return value
     return f'"[{", ".join(map(str, value))}]"'
 
@@ -470,23 +469,33 @@ def learning_rates(model: Any, logs: Mapping | None = None) -> dict[str, float]:
     """
     rates = {}
     for name, update in model.updates.items():
-        prefix = f"learning_rate_{name}" if name else "learning_rate"
-        for index, group in enumerate(update.optimizer.param_groups):
-            if "lr" in group:
-                rates[f"{prefix}_group_{index}" if index else prefix] = float(group["lr"])
+        key = _named("learning_rate", name)
+        rates |= _rates(key, update.optimizer.param_groups)
         if update.schedule is not None and update.rate_name in (logs or {}):
-            rates[prefix] = float(logs[update.rate_name])
+            rates[key] = float(logs[update.rate_name])
     return rates
 
 
 def hyperparameters(model: Any, params: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a run is made of, as far as it is known: optimizer, rates, epochs, and steps in each."""
-    names = {
-        f"optimizer_{name}" if name else "optimizer": type(one.optimizer).__name__
-        for name, one in model.updates.items()
-    }
-    lengths = {name: params[name] for name in ("epochs", "steps") if (params or {}).get(name) is not None}
-    return names | learning_rates(model) | lengths
+    """What a run is made of, as far as it is known: optimizer, schedule, rates as compiled, epochs, steps in each."""
+    values: dict[str, Any] = {}
+    for name, update in model.updates.items():
+        values[_named("optimizer", name)] = type(update.optimizer).__name__
+        groups = update.optimizer.param_groups
+        if update.schedule is not None:
+            state = update.schedule.state_dict()
+            values[_named("schedule", name)], groups = str(state["schedule"]), state["base"]
+        values |= _rates(_named("learning_rate", name), groups)
+    return values | {name: params[name] for name in ("epochs", "steps") if (params or {}).get(name) is not None}
+
+
+def _named(kind: str, optimizer: str) -> str:
+    return f"{kind}_{optimizer}" if optimizer else kind
+
+
+def _rates(key: str, groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    named = ((f"{key}_group_{index}" if index else key, group) for index, group in enumerate(groups))
+    return {name: float(group["lr"]) for name, group in named if "lr" in group}
 
 
 def _warn_of_unused(owner: str, run: str, places: Mapping[str, Any]) -> None:
