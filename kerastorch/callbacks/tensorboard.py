@@ -12,7 +12,7 @@ import io
 import os
 import time
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -232,12 +232,10 @@ class TensorBoard(Logger):
 
 
 @contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Any:
+def _undisturbed(device: torch.device) -> Iterator[None]:
     """Random numbers come as if nothing had been called within; torch's remarks about tracing are left out."""
-    devices = [] if device.type == "cpu" else [device]
-    kind = {} if device.type == "cpu" else {"device_type": device.type}
     with (
-        torch.random.fork_rng(devices, **kind),
+        torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),  # its cache of weights cannot be traced
         warnings.catch_warnings(),
