@@ -1,0 +1,231 @@
+"""Checks of the step itself: outputs, losses, gradients, modes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..losses import Loss
+from .findings import Finding, several
+from .module import covering, is_broken
+from .trial import Trial, kind_of, last_operation, output_called, target_called
+from .untouched import random_numbers_kept
+
+LARGE_NORM, VANISHING_NORM = 1e5, 1e-7  # of the gradient of the first batch
+
+
+def loss_not_finite(trial: Trial) -> Iterator[Finding]:
+    """A loss of NaN that neither weights nor data explain."""
+    if trial.is_loss_finite or any(map(is_broken, trial.module.parameters())):
+        return
+    if any(isinstance(values, Tensor) and is_broken(values) for _, values in trial.batch_at_hand()):
+        return
+    first = trial.layers.first_not_finite
+    yield Finding(
+        "error",
+        "loss-not-finite",
+        first or "loss",
+        f"The loss of the first batch is {next(loss for loss in map(float, trial.losses) if not math.isfinite(loss))}, "
+        + (f"and {first} is the first layer to return NaN or infinity." if first else "though every layer is finite."),
+        "Look there for a logarithm or a division by 0, or for numbers too large for the precision.",
+    )
+
+
+def loss_at_start(trial: Trial) -> Iterator[Finding]:
+    """A loss far above that of guessing, where it is one of classes."""
+    if trial.batch is None or trial.batch[2] is not None or not trial.losses:
+        return
+    for name, loss, output, target in trial.outputs():
+        classes, value = _classes(loss, output, target), float(trial.terms.get(name, trial.losses[0]))
+        if classes and not loss.is_sum and math.isfinite(value) and value > 2 * math.log(classes) + 1:
+            yield Finding(
+                "note",
+                "large-loss",
+                output_called(name),
+                f"The loss at start is {value:.3g}, where guessing among {classes} classes has {math.log(classes):.3g}.",
+                "Normalize the inputs, and look at the scale of the last layer's weights.",
+            )
+
+
+def no_log_probabilities(trial: Trial) -> Iterator[Finding]:
+    for name, loss, output, target in trial.outputs():
+        kind = kind_of(loss)
+        if kind not in ("nll", "kl_div") or output.ndim < 2 or is_broken(output):
+            continue
+        values = output.detach().float()
+        if kind == "nll" and values.ndim > 2 and loss.layout.has_classes_last(values, target):
+            values = values.movedim(-1, 1)
+        sums_to_one = kind == "kl_div" or bool((values.logsumexp(1).abs() < 0.01).all())
+        if not sums_to_one or bool((values > 1e-3).any()):
+            instead = "'cross_entropy'" if kind == "nll" else "'kl_divergence'"
+            yield Finding(
+                "error",
+                "no-log-probabilities",
+                output_called(name),
+                f"loss={loss.name!r} takes log-probabilities, but the outputs, from {float(values.min()):.3g} to "
+                f"{float(values.max()):.3g}, are none: the loss can fall without end.",
+                f"End the module in a LogSoftmax, or give {instead}, which takes logits.",
+            )
+
+
+def clipped_logits(trial: Trial) -> Iterator[Finding]:
+    for name, loss, output, _ in trial.outputs():
+        if loss.on_logits and last_operation(output) == "Relu":
+            yield Finding(
+                "warning",
+                "clipped-logits",
+                output_called(name),
+                f"loss={loss.name!r} takes logits, but they come from a ReLU, which leaves none below 0.",
+                "Remove the final ReLU.",
+            )
+
+
+def broadcast(trial: Trial) -> Iterator[Finding]:
+    """A loss of the user's own that compares (N, 1) with (N,), all against all: no order of the targets changes it."""
+    for name, loss, output, target in trial.outputs():
+        is_near = loss.targets is None and abs(output.ndim - target.ndim) == 1 and output.numel() == target.numel()
+        if not is_near or torch.equal(target, target.flip(0)):
+            continue
+        orders = (target, target.flip(0), target.reshape(output.shape))
+        given, turned, meant = (_value(trial, loss, output, one) for one in orders)
+        if _is_close(given, turned) and not _is_close(given, meant):
+            yield Finding(
+                "warning",
+                "broadcast",
+                target_called(name),
+                f"loss={loss.name!r} compares outputs {tuple(output.shape)} with targets {tuple(target.shape)} all "
+                f"against all: {given:.4g}, where one by one it is {meant:.4g}.",
+                "Give y[:, None], or let the module return output.squeeze(-1)."
+                if output.ndim > target.ndim
+                else "Give y.squeeze(-1), or let the module return output[:, None].",
+            )
+
+
+def mixed_samples(trial: Trial) -> Iterator[Finding]:
+    if trial.mixes_samples:
+        yield Finding(
+            "warning",
+            "samples-mix",
+            "outputs",
+            "The output for a sample depends on the other samples in its batch, in eval mode too.",
+            "Look for a reshape across samples, or a layer that needs batch_first=True.",
+        )
+
+
+def unused_parameters(trial: Trial) -> Iterator[Finding]:
+    trainable = [name for name, one in trial.module.named_parameters() if one.requires_grad]
+    unused = {name for name in trainable if name not in trial.gradients}
+    if trial.is_trained and unused:
+        yield Finding(
+            "note" if trial.overrides("train_step") else "warning",
+            "unused-parameters",
+            several(covering(trial.module, unused)),
+            f"{len(unused)} of {len(trainable)} trainable parameters got no gradient from the first batch.",
+            "Use them in forward, remove them or freeze them; if other batches use them, all is well.",
+        )
+
+
+def gradient_norm(trial: Trial) -> Iterator[Finding]:
+    if not trial.is_trained or not trial.gradients or not trial.is_loss_finite:
+        return
+    norm, broken = trial.norm, [name for name, gradient in trial.gradients.items() if is_broken(gradient)]
+    if broken and trial.gradient_scale > 1:  # the scale begins too high, and is halved until it fits
+        return
+    if broken:
+        yield Finding(
+            "error",
+            "gradient-not-finite",
+            several(broken),
+            f"{len(broken)} of {len(trial.gradients)} gradients of the first batch have NaN or infinity, though the "
+            "loss is finite.",
+            "Look for a square root, a norm or a logarithm of 0 in forward or loss; add a small number to it.",
+        )
+    elif norm < VANISHING_NORM:
+        yield Finding(
+            "warning",
+            "vanishing-gradient",
+            "gradients",
+            f"The gradient of the first batch has norm {norm:.3g}: there is nothing to learn by.",
+            "Look for dead ReLUs, a softmax over one value, or a loss that does not depend on the outputs.",
+        )
+    elif norm > LARGE_NORM and not trial.is_clipped:
+        yield Finding(
+            "warning",
+            "exploding-gradient",
+            "gradients",
+            f"The gradient of the first batch has norm {norm:.3g}.",
+            "Normalize inputs and targets, or give compile clip=1.0.",
+        )
+
+
+def modes(trial: Trial) -> Iterator[Finding]:
+    if trial.left_in_eval:
+        yield Finding(
+            "note",
+            "stays-in-eval",
+            several(trial.left_in_eval),
+            f"{len(trial.left_in_eval)} modules stay in eval mode when fit calls train() on the module.",
+            "Leave it so, if a train method of your own does that on purpose.",
+        )
+    if trial.modes_changed:
+        yield Finding(
+            "note",
+            "forward-sets-modes",
+            several(trial.modes_changed),
+            f"forward changed the mode, train or eval, of {len(trial.modes_changed)} modules in a training step.",
+            "Call model.freeze with their names instead, if they are to stay in eval mode.",
+        )
+
+
+def overridden(trial: Trial) -> Iterator[Finding]:
+    names = [name for name in ("train_step", "compute_loss") if trial.overrides(name)]
+    if trial.compiled is not None and names:
+        yield Finding(
+            "note",
+            "overridden",
+            names[0],
+            f"Your own {names[0]} knows alone which outputs and targets it compares, so their shapes and ranges were "
+            "not checked.",
+            "Make sure of them in it, e.g. by an assert on shapes.",
+        )
+
+
+CHECKS = (
+    loss_not_finite,
+    loss_at_start,
+    no_log_probabilities,
+    clipped_logits,
+    broadcast,
+    mixed_samples,
+    unused_parameters,
+    gradient_norm,
+    modes,
+    overridden,
+)
+
+
+def _classes(loss: Loss, output: Tensor, target: Tensor) -> int | None:
+    """Of how many classes a loss guesses one; `None` where it is another kind of loss, or weighs them."""
+    if kind_of(loss) in ("cross_entropy", "nll") and output.ndim > 1 and loss.class_weights is None:
+        is_last = output.ndim > 2 and loss.layout.has_classes_last(output, target)
+        return output.shape[-1 if is_last else 1]
+    weights = (getattr(loss.function, name, None) for name in ("weight", "pos_weight", "keywords"))
+    is_binary = kind_of(loss) in ("bce", "bce_with_logits") and all(one is None for one in weights)
+    return 2 if is_binary else None
+
+
+@torch.no_grad()
+def _value(trial: Trial, loss: Loss, output: Tensor, target: Tensor) -> float:
+    """A loss of the user's own; NaN where it takes no such target."""
+    with random_numbers_kept(trial.model.backend.device):
+        try:
+            return float(loss.function(output.detach(), target).mean())
+        except Exception:  # which a loss that looks at shapes itself may raise
+            return math.nan
+
+
+def _is_close(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-4 * (abs(a) + abs(b))

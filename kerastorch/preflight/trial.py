@@ -1,0 +1,627 @@
+"""One step of training that leaves no trace, and what was seen of it: outputs, losses, gradients, errors, warnings.
+
+The step is the model's own, with its data, precision, checks and overrides; but its optimizers stand still. What to
+make of what was seen is left to the checks.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from .. import loop
+from ..arguments import as_pair
+from ..callbacks.base import Callback, hooks_of
+from ..data import Data
+from ..losses import FUNCTIONS, Loss, SumOfLosses, known_name, parts_of, warn_of_final_softmax
+from ..precision import LOW
+from ..step import Recipe, Update, forward, open_windows, optimizer_step
+from ..structures import leaves, map_structure, named_leaves
+from ..tensors import array_of, grouped, is_arrays
+from ..tracker import Tracker, copies
+from .hints import values_per_sample
+from .untouched import random_numbers_kept, untouched
+
+# As large as the first scale of torch's GradScaler, so that fp16 gradients do not vanish here either.
+LOSS_SCALE = 2.0**16
+ROOT = "the module"  # how the outermost module is called
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error that `fit` would raise.
+
+    Attributes:
+        stage: `"callbacks"`, `"data"`, `"optimizer"`, `"step"`, `"metrics"`, `"evaluation"` or `"validation_data"`.
+        error: What was raised.
+        where: The innermost layer that ran; "" where none did.
+        got: Shapes of what that layer was given.
+    """
+
+    stage: str
+    error: Exception
+    where: str = ""
+    got: str = ""
+
+
+class Trial:
+    """What was seen of one batch of training, and one of validation.
+
+    Args:
+        model: The `Model`.
+        source: `(data, y, sample_weight)`, as in `fit`.
+        batch_size: As in `fit`, and so are the others.
+    Attributes:
+        failures: Errors, in the order of the run.
+        warnings: Texts of the warnings that were given.
+        training, validation: The data, opened.
+        batch: Inputs, targets and weights of the first batch.
+        validation_batch: The same of the first validation batch.
+        output: What loss and metrics were given as the output; `None` where nothing was measured.
+        losses: Losses that a backward pass began with, on the device.
+        terms: Losses of the outputs by their names, where there are several.
+        gradients: Name of a parameter -> its gradient.
+        gradient_scale: What all gradients are too large by.
+        validation_loss: That of the first validation batch.
+        layers: What was seen of the layers in the training step.
+        left_in_eval: Submodules that `fit` could not put into train mode, by name.
+        modes_changed: Submodules whose mode `forward` changed, by name.
+        mixes_samples: Whether an output depends on other samples in its batch; `None` where nobody looked.
+        is_trained: Whether the whole training step went through.
+    """
+
+    def __init__(
+        self, model: Any, source: tuple, *, batch_size: int | None, callbacks: list, validation_data: Any, split: float
+    ) -> None:
+        self.model, self.compiled, self.module = model, model._compiled, model.module
+        self.source = (_in_this_process(source[0]), *source[1:])
+        self.batch_size, self.callbacks = batch_size, callbacks
+        self.validation_given = _in_this_process(as_pair(validation_data))
+        self.split = split if validation_data is None else 0.0
+        self.is_validated = validation_data is not None or split > 0
+        self.failures: list[Failure] = []
+        self.warnings: list[str] = []
+        self.training: Data | None = None
+        self.validation: Data | None = None
+        self.batch: tuple | None = None
+        self.validation_batch: tuple | None = None
+        self.output: Any = None
+        self.losses: list[Tensor] = []
+        self.terms: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self.gradient_scale, self.validation_loss = 1.0, None
+        self.layers = Layers()
+        self.left_in_eval: list[str] = []
+        self.modes_changed: list[str] = []
+        self.mixes_samples: bool | None = None
+        self.is_trained = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether output and loss are those of module and compiled loss."""
+        is_overridden = self.overrides("train_step") or self.overrides("compute_loss")
+        return self.compiled is not None and not is_overridden and not self.compiled.has_own_loss
+
+    @property
+    def is_loss_finite(self) -> bool:
+        """Whether no loss was NaN or infinite."""
+        return all(bool(torch.isfinite(loss).all()) for loss in self.losses)
+
+    @property
+    def is_clipped(self) -> bool:
+        """Whether `compile` bounds the gradients."""
+        return any(update.clip is not None for update in self.model.updates.values())
+
+    @property
+    def norm(self) -> float:
+        """Norm of all gradients together."""
+        values = (one.coalesce().values() if one.is_sparse else one for one in self.gradients.values())
+        return float(sum(one.detach().float().norm().cpu().double().square() for one in values)) ** 0.5 / self.gradient_scale
+
+    def overrides(self, name: str) -> bool:
+        """Whether a method of the model is the user's own."""
+        return self.model._overrides(name)
+
+    @property
+    def samples(self) -> int:
+        """Samples in the batch; 0 where it holds no tensor."""
+        return _samples_in(self.batch[0])
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """Nothing that happens within is left behind."""
+        whole = [self.model, self.module]
+        attributes = [part for one in (self.source[0], self.validation_given) for part in _parts_of_data(one)]
+        if self.compiled is not None:
+            compiled, losses = self.compiled, parts_of(self.compiled.loss)
+            whole += [compiled, compiled.loss, compiled.logged_loss, compiled.plain, compiled.compute, *losses]
+            whole += [loss.layout for loss in losses] + [loss.function for loss in losses]
+            trackers = (self.model._training_tracker, self.model._evaluation_tracker)
+            whole += trackers
+            whole += [one for tracker in trackers for _, metric in tracker.means for one in _behind(metric.function)]
+            optimizers = [one for one in compiled._named.values() if isinstance(one, torch.optim.Optimizer)]
+            whole += [optimizer.param_groups for optimizer in optimizers]
+        with untouched(whole, attributes, device=self.model.backend.device):
+            yield
+
+    def run(self) -> None:
+        """Goes through the stages; an error ends it, where later stages could not do without.
+
+        Raises:
+            ValueError: the data is a generator, which would not get its batch back.
+        """
+        with warnings.catch_warnings(record=True) as caught, _eagerly():
+            warnings.simplefilter("always", UserWarning)
+            self._run_stages()
+        self.warnings = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+
+    def _run_stages(self) -> None:
+        self._attempt("callbacks", self._look_at_callbacks)
+        if not self._open_both() or not self._attempt("optimizer", self._take_batch):
+            return
+        if self.compiled is None:
+            self._attempt("step", self._forward_alone, self.layers)
+            return
+        if not self._attempt("step", self._train, self.layers):
+            return
+        self.is_trained = True
+        if self.is_plain:
+            self._attempt("evaluation", self._compare_alone, Layers())
+        if self.validation is not None:
+            self._attempt("validation_data", self._validate, Layers())
+
+    def _attempt(self, stage: str, function: Callable, *arguments: Any) -> bool:
+        """Whether a stage went through; its error is put down."""
+        watch = next((one for one in arguments if isinstance(one, Layers)), Layers())
+        try:
+            function(*arguments)
+        except Exception as error:  # the user's code may raise anything; all of it becomes a finding
+            self.failures.append(Failure(stage, error, watch.innermost, watch.innermost_inputs))
+            return False
+        return True
+
+    def _look_at_callbacks(self) -> None:
+        hooks_of(self.callbacks)
+        if self.compiled is not None:
+            self.model._refuse_unfit(self.callbacks, self.is_validated)
+
+    def _open_both(self) -> bool:
+        """Opens the data; where that fails with validation data and works without, it was the validation data's."""
+        if not self._attempt("data", self._open, (self.validation_given, self.split, None)):
+            failure = self.failures.pop()
+            if not self.is_validated or not self._attempt("data", self._open, (None, 0.0, None)):
+                self.failures[-1:] = [failure]
+                return False
+            self.failures.append(replace(failure, stage="validation_data"))
+        for name, opened in (("data", self.training), ("validation_data", self.validation)):
+            if opened is not None and not opened.repeats:
+                raise ValueError(
+                    f"{name} is a generator, which would miss the batch that check takes out of it. Give a callable "
+                    f"that makes a new one, a list of batches, or one batch as (x, y)."
+                )
+        return True
+
+    def _open(self, held_out: tuple) -> None:
+        # Not held on the device: one batch is all that is needed there.
+        reading = replace(self.model._reading(self.batch_size, shuffle=True), hold=list)
+        callbacks = [] if self.failures else self.callbacks
+        self.training, self.validation = self.model._open(self.source, reading, held_out, callbacks)
+
+    def _take_batch(self) -> None:
+        model = self.model
+        if self.compiled is not None:
+            self.training = model._with_optimizer(self.training)
+        batches = self.training.batches(model.epochs_trained)
+        fed = model.backend.feed(batches) if self.compiled is None else model._batches(batches)
+        self.batch = next(iter(fed), None)
+        if self.batch is None:
+            raise ValueError("the data is empty: it gave no batch, expected at least one.")
+
+    def _forward_alone(self, layers: Layers) -> None:
+        module = self.module
+        with layers.watching(module), self.model._computing(), torch.no_grad():
+            self._set_modes()
+            forward(self.model._network(), self.batch[0])
+
+    def _train(self, layers: Layers) -> None:
+        """One step, as the model does it."""
+        model, compiled = self.model, self.compiled
+        compiled.gather(False)
+        watch = _Watch(self)
+        tracker = _Watched(self, model._training_tracker)
+        recipe = Recipe(
+            self.module,
+            compiled.compute,
+            compiled.logged_loss.shares,
+            tracker,
+            hooks_of([watch]),
+            updates=compiled.updates,
+            device=model.backend.device,
+            frozen=model._frozen,
+        )
+        step = model._step(recipe)
+        standing = {name: _Standing(one.optimizer, self._note_gradients) for name, one in compiled.updates.items()}
+        recipe.updates = {name: Update(standing[name], one.parameters) for name, one in compiled.updates.items()}
+        model.optimizer = standing[""] if compiled.is_single else standing
+        if compiled.scaler is not None:
+            recipe.backward, self.gradient_scale = _scaled_backward, LOSS_SCALE
+        for loss in parts_of(compiled.loss):
+            loss.has_warned = False  # what `compile` has warned of is found again
+        warn_of_final_softmax(self.module, compiled.loss)
+        model._expect(self.training, self.validation)
+        layers.refuse_output = self._refuse_output if self.is_plain else None
+        with layers.watching(self.module), model._run(recipe, step, self.training):
+            before = self._set_modes()
+            open_windows(recipe, 0)
+            if step(recipe, self.batch):
+                optimizer_step(recipe, recipe.updates[""])
+            self._note_gradients()
+            changed = [name for name, part in self.module.named_modules() if part.training != before.get(name)]
+            self.modes_changed = [name or ROOT for name in changed]
+
+    def _set_modes(self) -> dict[str, bool]:
+        """The modes of a training step, by the names of the submodules."""
+        loop.set_modes(SimpleNamespace(module=self.module, frozen=self.model._frozen))
+        frozen = {id(part) for one in self.model._frozen for part in one.modules()}
+        modes = {name: part.training for name, part in self.module.named_modules()}
+        parts = dict(self.module.named_modules())
+        self.left_in_eval = [
+            name or ROOT for name, mode in modes.items() if not mode and id(parts[name]) not in frozen
+        ]
+        return modes
+
+    def _note_gradients(self) -> None:
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                self.gradients.setdefault(name, parameter.grad)
+
+    def _refuse_output(self, output: Any) -> None:
+        """What `bce` is given must be probabilities: on a GPU it would not raise, but end the process's use of it."""
+        for _, loss, part, _ in self.outputs(output):
+            if kind_of(loss) == "bce" and part.numel():
+                low, high = (float(end) for end in torch.aminmax(part.detach().float()))
+                if low < 0 or high > 1:
+                    raise ValueError(
+                        f"the outputs lie between {low:.3g} and {high:.3g}, but loss={loss.name!r} takes "
+                        f"probabilities from 0 to 1. End the module in a Sigmoid, or give 'bce_with_logits'."
+                    )
+
+    def outputs(self, output: Any = None) -> Iterator[tuple[str, Loss, Tensor, Tensor]]:
+        """Name, loss, output and target of each output of the batch; nothing where no loss compares them."""
+        output = self.output if output is None else output
+        for name, loss, key in self._parts():
+            pair = _at(output, key), _at(self.batch[1], key)
+            if all(isinstance(one, Tensor) for one in pair):
+                yield name, loss, *pair
+
+    def targets(self) -> Iterator[tuple[str, Loss, Tensor]]:
+        """Name, loss and training targets of each output: all of them, where they are in memory, else the batch's."""
+        for name, loss, key in self._parts():
+            known = (_at(one, key) for one in (self.training and self.training.targets, self.batch and self.batch[1]))
+            if (first := next((one for one in known if isinstance(one, Tensor)), None)) is not None:
+                yield name, loss, first
+
+    def targets_in_memory(self) -> Iterator[tuple[str, Loss, Tensor, Tensor | None]]:
+        """Name, loss, and all targets of training and validation, as far as they are in memory."""
+        for name, loss, key in self._parts():
+            pair = [_at(opened and opened.targets, key) for opened in (self.training, self.validation)]
+            ours, theirs = (one if isinstance(one, Tensor) else None for one in pair)
+            if ours is not None:
+                yield name, loss, ours, theirs
+
+    def arrays(self) -> Iterator[tuple[str, Any]]:
+        """Name and array of all training data that was given as arrays."""
+        data, y, weight = self.source
+        if not is_arrays(data):
+            return
+        if y is None and isinstance(data, tuple) and 2 <= len(data) <= 3:  # as `open_data` reads it
+            data, y, weight = (*data, weight)[:3]
+        for name, part in (("x", data), ("y", y), ("sample_weight", weight)):
+            if not isinstance(part, str):
+                yield from ((path, array_of(leaf)) for path, leaf in named_leaves(grouped(part), name))
+
+    def batch_at_hand(self) -> Iterator[tuple[str, Any]]:
+        """Name and value of all that is in the batch."""
+        for name, part in zip(("x", "y", "sample_weight"), self.batch or (), strict=False):
+            yield from named_leaves(part, name)
+
+    def data_at_hand(self) -> Iterator[tuple[str, Any]]:
+        """All training data, where it was given as arrays; else the batch."""
+        yield from self.arrays() if is_arrays(self.source[0]) else self.batch_at_hand()
+
+    def _parts(self) -> list[tuple[str, Loss, Any]]:
+        """Name of each output ("" of a single one), its loss, and its key in outputs and targets."""
+        loss = self.compiled.loss if self.is_plain else None
+        if isinstance(loss, SumOfLosses):
+            return [(name, part, loss.keys[name]) for name, part in loss.parts.items()]
+        return [] if loss is None else [("", loss, None)]
+
+    @torch.no_grad()
+    def _compare_alone(self, layers: Layers) -> None:
+        """Whether the output for a sample changes with the others in its batch, in eval mode."""
+        x, samples = self.batch[0], self.samples
+        tensors = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
+        norms = (part for part in self.module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+        if samples < 2 or any(not leaf.ndim or len(leaf) != samples for leaf in tensors):
+            return
+        if any(norm.running_mean is None for norm in norms):  # which are made to
+            return
+        first_alone = map_structure(lambda leaf: _repeated(leaf) if isinstance(leaf, Tensor) else leaf, x)
+        with layers.watching(self.module), self.model._computing():
+            self.module.eval()
+            pairs = []
+            for inputs in (x, first_alone):
+                with random_numbers_kept(self.model.backend.device):  # the same ones for both
+                    pairs.append([*leaves(forward(self.compiled.network, inputs))])
+        is_low = self.compiled.precision.autocast or self.compiled.precision.weights in LOW
+        self.mixes_samples = any(_differ(a, b, samples, 0.05 if is_low else 1e-3) for a, b in zip(*pairs, strict=True))
+
+    def _validate(self, layers: Layers) -> None:
+        model, compiled = self.model, self.compiled
+        tracker = _like(model._evaluation_tracker, model.backend.device)
+        evaluation = Recipe(
+            self.module,
+            compiled.compute_evaluated,
+            compiled.logged_loss.shares,
+            tracker,
+            hooks_of(()),
+            device=model.backend.device,
+        )
+        batches = model._batches(self.validation.batches(0), is_evaluated=True)
+        self.validation_batch = next(iter(batches), None)
+        if self.validation_batch is None:
+            raise ValueError("the data is empty: it gave no batch, expected at least one.")
+        with layers.watching(self.module), model._computing(), model._shown(evaluation):
+            self.validation_loss = loop.evaluate(evaluation, [self.validation_batch]).get("loss")
+
+
+class Layers:
+    """What hooks saw of the layers in one pass.
+
+    Attributes:
+        innermost: Name of the layer that was running last, "" where none is; after an error, the one that raised it.
+        innermost_inputs: Shapes of what it was given.
+        first: Name of the first layer with weights, and the root mean square of its inputs; `None` where that layer
+            normalizes them, or takes none that are floats.
+        values_per_sample: Name of a BatchNorm in train mode -> values that a sample gives to each channel's mean.
+        refuse_output: Called with the module's output, if any.
+    """
+
+    def __init__(self) -> None:
+        self._running: list[tuple[str, str]] = []
+        self._finite: list[tuple[str, Tensor]] = []
+        self.first: tuple[str, Tensor | None] | None = None
+        self.values_per_sample: dict[str, int] = {}
+        self.refuse_output: Callable[[Any], None] | None = None
+
+    @property
+    def innermost(self) -> str:
+        return self._running[-1][0] if self._running else ""
+
+    @property
+    def innermost_inputs(self) -> str:
+        return self._running[-1][1] if self._running else ""
+
+    @property
+    def first_not_finite(self) -> str | None:
+        """The first layer that returned NaN or infinity."""
+        return next((name for name, is_finite in self._finite if not bool(is_finite)), None)
+
+    @contextmanager
+    def watching(self, module: nn.Module) -> Iterator[None]:
+        """Hooks on all layers meanwhile."""
+        handles = []
+        for name, layer in module.named_modules():
+            if not isinstance(layer, torch.jit.ScriptModule):
+                handles.append(layer.register_forward_pre_hook(partial(self._begin, name), with_kwargs=True))
+                handles.append(layer.register_forward_hook(partial(self._end, name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, name: str, layer: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+        tensors = [leaf.detach() for leaf in leaves((inputs, named)) if isinstance(leaf, Tensor)]
+        shapes = ", ".join(f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in tensors)
+        self._running.append((f"{name or ROOT} ({type(layer).__name__})", shapes))
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            _refuse_ids(layer, tensors)
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
+            self.values_per_sample[name] = values_per_sample(tensors)
+        if self.first is None and next(layer.parameters(recurse=False), None) is not None and not layer._modules:
+            self.first = name or ROOT, _scale_at(layer, tensors)
+
+    def _end(self, name: str, layer: nn.Module, inputs: tuple, output: Any) -> None:
+        while self._running and not self._running.pop()[0].startswith(f"{name or ROOT} ("):
+            continue  # layers whose error `forward` caught
+        if not layer._modules:
+            tensors = (leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+            self._finite += [(name or ROOT, torch.isfinite(leaf.detach()).all()) for leaf in tensors]
+        if not name and self.refuse_output is not None:
+            self.refuse_output(output)
+
+
+class _Standing:
+    """Stands for an optimizer: it has its groups and its state, and steps nowhere."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, note: Callable[[], None]) -> None:
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+        self._note = note
+
+    def step(self, closure: Callable | None = None) -> Any:
+        result = None if closure is None else closure()
+        self._note()
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+class _Watch(Callback):
+    """Puts down the losses."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+
+    def on_before_backward(self, loss: Any) -> None:
+        self.trial.losses.append(loss.detach())
+
+
+class _Watched(Tracker):
+    """A tracker of its own, with metrics of their own, that puts down what it is given and which metric fails."""
+
+    def __init__(self, trial: Trial, like: Tracker) -> None:
+        super().__init__(like.loss, copies(like.means + like.stateful), trial.model.backend.device)
+        self.trial = trial
+
+    def add(self, loss: Any, output: Any, target: Any, samples: int, weight: Any = None) -> None:
+        if self.trial.output is None:
+            self.trial.output = output
+            self.trial.terms = dict(getattr(self.loss, "latest", {}))
+        self.trial._attempt("metrics", super().add, loss, output, target, samples, weight)
+
+
+def kind_of(loss: Loss) -> str | None:
+    """The name in `losses.FUNCTIONS` that a loss goes by, be it torch's function or module; `None` = the user's own."""
+    from ..losses import FUNCTIONS, known_name
+
+    function = getattr(loss.function, "func", loss.function)
+    if isinstance(function, nn.Module):
+        is_torchs = type(function).__module__.startswith("torch.nn.")
+        return known_name(type(function).__name__) if is_torchs else None
+    return next((name for name, (known, _) in FUNCTIONS.items() if known is function), None)
+
+
+# Last operation of a module -> between what its outputs stay.
+REACH = {"Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0), "Relu": (0.0, math.inf)}
+# Operations that leave values as they are.
+PASSES = ("Squeeze", "Unsqueeze", "View", "Select", "Reshape", "UnsafeView", "ToCopy", "T", "Transpose", "Permute")
+
+
+def last_operation(output: Tensor) -> str:
+    """The name that autograd has for what made the values of an output, such as `"Relu"`; "" where it has none."""
+    node = output.grad_fn
+    while node is not None and _operation(node) in PASSES:
+        node = node.next_functions[0][0]
+    return "" if node is None else _operation(node)
+
+
+def _operation(node: Any) -> str:
+    return node.name().partition("Backward")[0]
+
+
+def output_called(name: str) -> str:
+    """How messages call the output with this name."""
+    return f"outputs[{name!r}]" if name else "outputs"
+
+
+def target_called(name: str) -> str:
+    """How messages call the targets with this name."""
+    return f"y[{name!r}]" if name else "y"
+
+
+def _like(tracker: Tracker, device: torch.device) -> Tracker:
+    """A tracker of the same loss, with metrics of its own."""
+    return Tracker(tracker.loss, copies(tracker.means + tracker.stateful), device)
+
+
+def _scaled_backward(loss: Tensor, retain_graph: bool | None = None) -> None:
+    (loss * LOSS_SCALE).backward(retain_graph=retain_graph)
+
+
+def _eagerly() -> AbstractContextManager:
+    """Nothing is compiled meanwhile: that would take longer than all the rest."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _samples_in(x: Any) -> int:
+    return next((len(leaf) for leaf in leaves(x) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+
+
+def _at(tree: Any, key: Any) -> Any:
+    """The part of outputs or targets with a key; `None` where there is none, which the step refuses."""
+    if key is None or tree is None:
+        return tree
+    has = tree if isinstance(tree, Mapping) else range(len(tree)) if isinstance(tree, (tuple, list)) else ()
+    return tree[key] if key in has else None
+
+
+def _repeated(leaf: Tensor) -> Tensor:
+    return leaf[:1].expand_as(leaf).contiguous()
+
+
+def _differ(together: Any, alone: Any, samples: int, tolerance: float) -> bool:
+    """Whether the first of so many samples has another output."""
+    if not isinstance(together, Tensor) or not together.is_floating_point() or not together.ndim:
+        return False
+    if len(together) != samples or together.shape != alone.shape:
+        return False
+    a, b = together[0].float(), alone[0].float()
+    return bool((a - b).abs().max() > tolerance * (a.abs().max() + 1e-6)) if a.numel() else False
+
+
+def _refuse_ids(layer: nn.Module, tensors: list[Tensor]) -> None:
+    """Indices of rows must be in the table: on a GPU that would not raise, but end the process's use of it."""
+    if not tensors or tensors[0].is_floating_point() or not tensors[0].numel():
+        return
+    low, high = (int(end) for end in torch.aminmax(tensors[0].long()))
+    if low < 0 or high >= layer.num_embeddings:
+        raise IndexError(
+            f"the inputs have indices from {low} to {high}, but the embedding has {layer.num_embeddings} rows, 0 to "
+            f"{layer.num_embeddings - 1}. Give it {max(high + 1, 1)} rows, or number the inputs from 0."
+        )
+
+
+NORMALIZING = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def _scale_at(layer: nn.Module, tensors: list[Tensor]) -> Tensor | None:
+    floats = [one for one in tensors if one.is_floating_point() and one.numel()]
+    if isinstance(layer, NORMALIZING) or not floats:
+        return None
+    return floats[0].float().square().mean().sqrt()
+
+
+def _behind(function: Any) -> list[Any]:
+    """What a metric's function keeps: a loss, or a callable of the user's own."""
+    return [function, *(cell.cell_contents for cell in getattr(function, "__closure__", None) or ())]
+
+
+# Data.
+
+
+def _in_this_process(data: Any) -> Any:
+    """A loader over the same data that needs no worker processes, which take long to start; other data as it is."""
+    is_plain = type(data) is DataLoader and data.worker_init_fn is None
+    if not is_plain or not data.num_workers or isinstance(data.dataset, IterableDataset):
+        return data
+    if data.batch_sampler is None:
+        order = {"batch_size": None, "sampler": data.sampler}
+    elif data.batch_size is None:
+        order = {"batch_sampler": data.batch_sampler}
+    else:
+        order = {"batch_size": data.batch_size, "sampler": data.sampler, "drop_last": data.drop_last}
+    return DataLoader(data.dataset, collate_fn=data.collate_fn, generator=data.generator, **order)
+
+
+def _parts_of_data(data: Any) -> list[Any]:
+    """Objects whose attributes may change when a batch is taken: loaders, samplers, datasets, iterables."""
+    parts = [data]
+    for name in ("dataset", "sampler", "batch_sampler"):
+        for part in list(parts):
+            parts += [getattr(part, name)] if hasattr(part, name) else []
+    return parts
