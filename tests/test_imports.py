@@ -7,7 +7,7 @@
                      > microbatch, tbptt, overrides > step
                      > data > tensors, seeding, structures             callbacks.* > callbacks.base
                      > backends > structures
-                     > checks, summary > tracing
+                     > checks, summary > tracing                        preflight > loop, data, losses, ...
 
 Backends know torch and nesting, never models, loops, data or callbacks. Nothing imports `model` but the package itself.
 """
@@ -30,7 +30,7 @@ BELOW = {
     "model": {
         "arguments", "backends", "callbacks.base", "callbacks.progress", "checks", "compilation", "computation", "data",
         "history", "loop", "losses", "metrics", "microbatch", "optimizers", "overrides", "patterns", "precision",
-        "step", "structures", "summary", "tbptt", "tensors", "tracker",
+        "preflight", "step", "structures", "summary", "tbptt", "tensors", "tracker",
     },
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
     "jit": {"computation", "losses", "memory", "structures"},
@@ -50,6 +50,26 @@ BELOW = {
     "tensors": {"structures"},
     "checks": {"callbacks.base", "structures"},
     "summary": {"tracing"},
+    "preflight.__init__": {
+        "arguments", "checks", "preflight.data", "preflight.findings", "preflight.hints", "preflight.module",
+        "preflight.refusals", "preflight.training", "preflight.trial", "structures",
+    },
+    "preflight.refusals": {"memory", "preflight.findings", "preflight.layers", "preflight.trial"},
+    "preflight.module": {"preflight.findings", "preflight.layers", "preflight.trial"},
+    "preflight.data": {
+        "losses", "preflight.findings", "preflight.hints", "preflight.outputs", "preflight.trial", "structures",
+    },
+    "preflight.training": {
+        "losses", "preflight.findings", "preflight.module", "preflight.outputs", "preflight.trial",
+        "preflight.untouched",
+    },
+    "preflight.trial": {
+        "arguments", "callbacks.base", "data", "loop", "losses", "precision", "preflight.layers", "preflight.outputs",
+        "preflight.untouched", "step", "structures", "tensors", "tracker",
+    },
+    "preflight.layers": {"preflight.hints", "structures"},
+    "preflight.outputs": {"losses"},
+    "preflight.hints": {"data", "optimizers", "preflight.findings", "step", "structures", "tensors"},
     "backends.__init__": {"backends.single"},
     "backends.single": {"structures"},
     "callbacks.__init__": {"callbacks.averaging", "callbacks.base", "callbacks.progress", "callbacks.transfer"},

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from ..losses import CLASSES, VALUES
 from ..structures import leaves, named_leaves
-from .findings import Finding, several
+from .findings import Finding, counted, several
 from .hints import last_batch_size, other_size
-from .trial import REACH, Trial, kind_of, last_operation, output_called, target_called
+from .outputs import REACH, kind_of, last_operation, output_called, target_called
+from .trial import Trial
 
 # Root mean square of what the first layer gets: standardized data has 1, images from 0 to 255 about 100.
 LARGE_SCALE, ENORMOUS_SCALE = 20.0, 1000.0
@@ -46,7 +47,7 @@ def infinite_data(trial: Trial) -> Iterator[Finding]:
                 "warning" if trial.is_loss_finite else "error",
                 "data-not-finite",
                 name,
-                f"{name} has {number} infinite values: the loss will be infinite or NaN.",
+                f"{name} has {counted(number, 'infinite value')}: the loss will be infinite or NaN.",
                 "Clip them, or drop these samples.",
             )
 
@@ -189,7 +190,7 @@ def unseen_classes(trial: Trial) -> Iterator[Finding]:
     for name, loss, ours, theirs in trial.targets_in_memory():
         if loss.targets is not CLASSES or theirs is None or ours.ndim != 1 or theirs.ndim != 1:
             continue
-        if _is_split_in_order(trial, ours, theirs):  # which says it all
+        if _is_split_in_order(trial, ours, theirs) or not trial.is_trained:  # which says it all
             continue
         ignored = -100 if loss.ignore_index is None else loss.ignore_index
         unseen = theirs[~torch.isin(theirs, ours) & (theirs != ignored)]

@@ -16,7 +16,7 @@ from ..optimizers import needs_closure
 from ..step import Recipe
 from ..structures import leaves
 from ..tensors import array_of, grouped, is_arrays
-from .findings import several
+from .findings import counted, several
 
 PATIENCE_STEPS = 100  # of an optimizer, within which each of its parameters should have had a gradient
 
@@ -70,8 +70,8 @@ class _Unused:
         names = [name for name, one in self.recipe.module.named_parameters() if id(one) in ids]
         if names:
             warnings.warn(
-                f"{len(names)} trainable parameters got no gradient in the first epoch: {several(names)}. Use them in "
-                f"forward, remove them, or freeze them by model.freeze.",
+                f"{counted(len(names), 'trainable parameter')} got no gradient in the first epoch: {several(names)}. "
+                f"Use them in forward, remove them, or freeze them by model.freeze.",
                 stacklevel=2,
             )
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .findings import Finding, several
-from .trial import ROOT, Trial
+from .findings import Finding, counted, several
+from .layers import ROOT
+from .trial import Trial
 
 
 def not_compiled(trial: Trial) -> Iterator[Finding]:
@@ -30,7 +31,7 @@ def broken_weights(trial: Trial) -> Iterator[Finding]:
             "error",
             "weights-not-finite",
             several(broken),
-            f"{len(broken)} of {len(tensors)} parameters and buffers have NaN or infinity.",
+            f"{len(broken)} of {len(tensors)} parameters and buffers hold NaN or infinity.",
             "Load or initialize them again; after a run that diverged, give a lower lr or clip=1.0 to compile.",
         )
 
@@ -60,7 +61,7 @@ def frozen_norms(trial: Trial) -> Iterator[Finding]:
             "note",
             "frozen-norms-move",
             several(moving),
-            f"{len(moving)} BatchNorm layers have frozen parameters, but fit will go on changing their statistics.",
+            f"fit goes on changing the statistics of {counted(len(moving), 'BatchNorm layer')} with frozen parameters.",
             f"Freeze them by model.freeze({moving[0]!r}), which keeps the statistics too.",
         )
 
@@ -73,7 +74,7 @@ def eval_mode(trial: Trial) -> Iterator[Finding]:
             "note",
             "eval-mode",
             ROOT if ROOT in quiet else several(quiet),
-            f"{len(quiet)} of {len(parts)} modules are in eval mode; fit trains in train mode and puts them back.",
+            f"{len(quiet)} of {counted(len(parts), 'module')} in eval mode: fit trains in train mode, and puts it back.",
             "Call model.freeze with their names if their BatchNorm statistics should stay.",
         )
 
@@ -114,7 +115,7 @@ def parameters_twice(trial: Trial) -> Iterator[Finding]:
                 "warning",
                 "duplicate-parameters",
                 _optimizer(name),
-                f"{twice} of the {len(given)} parameters that it optimizes are there before, and are stepped on twice.",
+                f"It has {twice} of its {counted(len(given), 'parameter')} twice, and steps on them twice.",
                 "Give each parameter once: module.parameters() has shared ones once.",
             )
 
@@ -143,7 +144,7 @@ def double_precision(trial: Trial) -> Iterator[Finding]:
             "note",
             "float64-weights",
             several(covering(trial.module, double)),
-            f"{len(double)} parameters are float64, which takes twice the memory and much longer on most devices.",
+            f"{counted(len(double), 'parameter')} in float64: twice the memory, and much slower on most devices.",
             'Call module.float(), or say that it is meant by compile(precision="64").',
         )
 

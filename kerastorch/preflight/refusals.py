@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from ..memory import is_out_of_memory
 from .findings import Finding
-from .trial import ROOT, Failure, Trial
+from .layers import ROOT
+from .trial import Failure, Trial
 
 # What an error says -> the name of its finding; the first that fits.
 NAMES = (
@@ -88,4 +89,6 @@ def _sentences(text: str) -> tuple[str, str]:
     """What was found, the first sentence, and the rest, which says what to do."""
     first = re.split(r"(?<!e\.g)\.\s+(?=[A-Z\"'`])", text, maxsplit=1)
     found, remedy = (*first, "")[:2]
-    return f"{found[:1].upper()}{found[1:]}".rstrip(".") + ".", remedy
+    # Words, but no names such as `x` and `batch_size=2`.
+    found = found[:1].upper() + found[1:] if re.match(r"[a-z]{2,}\b(?![=_])", found) else found
+    return found.rstrip(".") + ".", remedy

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..losses import Loss
-from .findings import Finding, several
+from .findings import Finding, counted, several
 from .module import covering, is_broken
-from .trial import Trial, kind_of, last_operation, output_called, target_called
+from .outputs import kind_of, last_operation, output_called, target_called
+from .trial import Trial
 from .untouched import random_numbers_kept
 
 LARGE_NORM, VANISHING_NORM = 1e5, 1e-7  # of the gradient of the first batch
@@ -45,7 +46,7 @@ def loss_at_start(trial: Trial) -> Iterator[Finding]:
                 "note",
                 "large-loss",
                 output_called(name),
-                f"The loss at start is {value:.3g}, where guessing among {classes} classes has {math.log(classes):.3g}.",
+                f"The loss at start is {value:.3g}, and guessing among {classes} classes has {math.log(classes):.2g}.",
                 "Normalize the inputs, and look at the scale of the last layer's weights.",
             )
 
@@ -68,6 +69,22 @@ def no_log_probabilities(trial: Trial) -> Iterator[Finding]:
                 f"loss={loss.name!r} takes log-probabilities, but the outputs, from {float(values.min()):.3g} to "
                 f"{float(values.max()):.3g}, are none: the loss can fall without end.",
                 f"End the module in a LogSoftmax, or give {instead}, which takes logits.",
+            )
+
+
+def squashed_logits(trial: Trial) -> Iterator[Finding]:
+    """Probabilities that the values do not give away: of a sigmoid for each class, or of a few samples."""
+    if any("expects logits" in text for text in trial.warnings):
+        return
+    for name, loss, output, _ in trial.outputs():
+        last = last_operation(output)
+        if loss.on_logits and last in ("Sigmoid", "Softmax"):
+            yield Finding(
+                "warning",
+                "probabilities",
+                output_called(name),
+                f"loss={loss.name!r} takes logits, but they come from a {last}, and so are squashed twice.",
+                f"Remove the final {last}.",
             )
 
 
@@ -167,7 +184,7 @@ def modes(trial: Trial) -> Iterator[Finding]:
             "note",
             "stays-in-eval",
             several(trial.left_in_eval),
-            f"{len(trial.left_in_eval)} modules stay in eval mode when fit calls train() on the module.",
+            f"fit calls train() on the module, which leaves {counted(len(trial.left_in_eval), 'module')} in eval mode.",
             "Leave it so, if a train method of your own does that on purpose.",
         )
     if trial.modes_changed:
@@ -175,7 +192,7 @@ def modes(trial: Trial) -> Iterator[Finding]:
             "note",
             "forward-sets-modes",
             several(trial.modes_changed),
-            f"forward changed the mode, train or eval, of {len(trial.modes_changed)} modules in a training step.",
+            f"forward changes the mode, train or eval, of {counted(len(trial.modes_changed), 'module')} in a step.",
             "Call model.freeze with their names instead, if they are to stay in eval mode.",
         )
 
@@ -197,6 +214,7 @@ CHECKS = (
     loss_not_finite,
     loss_at_start,
     no_log_probabilities,
+    squashed_logits,
     clipped_logits,
     broadcast,
     mixed_samples,

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,18 +23,18 @@ from .. import loop
 from ..arguments import as_pair
 from ..callbacks.base import Callback, hooks_of
 from ..data import Data
-from ..losses import FUNCTIONS, Loss, SumOfLosses, known_name, parts_of, warn_of_final_softmax
+from ..losses import Loss, SumOfLosses, parts_of, warn_of_final_softmax
 from ..precision import LOW
 from ..step import Recipe, Update, forward, open_windows, optimizer_step
 from ..structures import leaves, map_structure, named_leaves
 from ..tensors import array_of, grouped, is_arrays
 from ..tracker import Tracker, copies
-from .hints import values_per_sample
+from .layers import ROOT, Layers
+from .outputs import kind_of
 from .untouched import random_numbers_kept, untouched
 
 # As large as the first scale of torch's GradScaler, so that fp16 gradients do not vanish here either.
 LOSS_SCALE = 2.0**16
-ROOT = "the module"  # how the outermost module is called
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Trial:
     def norm(self) -> float:
         """Norm of all gradients together."""
         values = (one.coalesce().values() if one.is_sparse else one for one in self.gradients.values())
-        return float(sum(one.detach().float().norm().cpu().double().square() for one in values)) ** 0.5 / self.gradient_scale
+        return math.hypot(*(float(one.detach().float().norm()) for one in values)) / self.gradient_scale
 
     def overrides(self, name: str) -> bool:
         """Whether a method of the model is the user's own."""
@@ -276,9 +275,7 @@ class Trial:
         frozen = {id(part) for one in self.model._frozen for part in one.modules()}
         modes = {name: part.training for name, part in self.module.named_modules()}
         parts = dict(self.module.named_modules())
-        self.left_in_eval = [
-            name or ROOT for name, mode in modes.items() if not mode and id(parts[name]) not in frozen
-        ]
+        self.left_in_eval = [name or ROOT for name, mode in modes.items() if not mode and id(parts[name]) not in frozen]
         return modes
 
     def _note_gradients(self) -> None:
@@ -300,7 +297,7 @@ class Trial:
     def outputs(self, output: Any = None) -> Iterator[tuple[str, Loss, Tensor, Tensor]]:
         """Name, loss, output and target of each output of the batch; nothing where no loss compares them."""
         output = self.output if output is None else output
-        for name, loss, key in self._parts():
+        for name, loss, key in self._parts() if self.batch is not None else ():
             pair = _at(output, key), _at(self.batch[1], key)
             if all(isinstance(one, Tensor) for one in pair):
                 yield name, loss, *pair
@@ -386,73 +383,6 @@ class Trial:
             self.validation_loss = loop.evaluate(evaluation, [self.validation_batch]).get("loss")
 
 
-class Layers:
-    """What hooks saw of the layers in one pass.
-
-    Attributes:
-        innermost: Name of the layer that was running last, "" where none is; after an error, the one that raised it.
-        innermost_inputs: Shapes of what it was given.
-        first: Name of the first layer with weights, and the root mean square of its inputs; `None` where that layer
-            normalizes them, or takes none that are floats.
-        values_per_sample: Name of a BatchNorm in train mode -> values that a sample gives to each channel's mean.
-        refuse_output: Called with the module's output, if any.
-    """
-
-    def __init__(self) -> None:
-        self._running: list[tuple[str, str]] = []
-        self._finite: list[tuple[str, Tensor]] = []
-        self.first: tuple[str, Tensor | None] | None = None
-        self.values_per_sample: dict[str, int] = {}
-        self.refuse_output: Callable[[Any], None] | None = None
-
-    @property
-    def innermost(self) -> str:
-        return self._running[-1][0] if self._running else ""
-
-    @property
-    def innermost_inputs(self) -> str:
-        return self._running[-1][1] if self._running else ""
-
-    @property
-    def first_not_finite(self) -> str | None:
-        """The first layer that returned NaN or infinity."""
-        return next((name for name, is_finite in self._finite if not bool(is_finite)), None)
-
-    @contextmanager
-    def watching(self, module: nn.Module) -> Iterator[None]:
-        """Hooks on all layers meanwhile."""
-        handles = []
-        for name, layer in module.named_modules():
-            if not isinstance(layer, torch.jit.ScriptModule):
-                handles.append(layer.register_forward_pre_hook(partial(self._begin, name), with_kwargs=True))
-                handles.append(layer.register_forward_hook(partial(self._end, name)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _begin(self, name: str, layer: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
-        tensors = [leaf.detach() for leaf in leaves((inputs, named)) if isinstance(leaf, Tensor)]
-        shapes = ", ".join(f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in tensors)
-        self._running.append((f"{name or ROOT} ({type(layer).__name__})", shapes))
-        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
-            _refuse_ids(layer, tensors)
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
-            self.values_per_sample[name] = values_per_sample(tensors)
-        if self.first is None and next(layer.parameters(recurse=False), None) is not None and not layer._modules:
-            self.first = name or ROOT, _scale_at(layer, tensors)
-
-    def _end(self, name: str, layer: nn.Module, inputs: tuple, output: Any) -> None:
-        while self._running and not self._running.pop()[0].startswith(f"{name or ROOT} ("):
-            continue  # layers whose error `forward` caught
-        if not layer._modules:
-            tensors = (leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-            self._finite += [(name or ROOT, torch.isfinite(leaf.detach()).all()) for leaf in tensors]
-        if not name and self.refuse_output is not None:
-            self.refuse_output(output)
-
-
 class _Standing:
     """Stands for an optimizer: it has its groups and its state, and steps nowhere."""
 
@@ -495,45 +425,6 @@ class _Watched(Tracker):
         self.trial._attempt("metrics", super().add, loss, output, target, samples, weight)
 
 
-def kind_of(loss: Loss) -> str | None:
-    """The name in `losses.FUNCTIONS` that a loss goes by, be it torch's function or module; `None` = the user's own."""
-    from ..losses import FUNCTIONS, known_name
-
-    function = getattr(loss.function, "func", loss.function)
-    if isinstance(function, nn.Module):
-        is_torchs = type(function).__module__.startswith("torch.nn.")
-        return known_name(type(function).__name__) if is_torchs else None
-    return next((name for name, (known, _) in FUNCTIONS.items() if known is function), None)
-
-
-# Last operation of a module -> between what its outputs stay.
-REACH = {"Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0), "Relu": (0.0, math.inf)}
-# Operations that leave values as they are.
-PASSES = ("Squeeze", "Unsqueeze", "View", "Select", "Reshape", "UnsafeView", "ToCopy", "T", "Transpose", "Permute")
-
-
-def last_operation(output: Tensor) -> str:
-    """The name that autograd has for what made the values of an output, such as `"Relu"`; "" where it has none."""
-    node = output.grad_fn
-    while node is not None and _operation(node) in PASSES:
-        node = node.next_functions[0][0]
-    return "" if node is None else _operation(node)
-
-
-def _operation(node: Any) -> str:
-    return node.name().partition("Backward")[0]
-
-
-def output_called(name: str) -> str:
-    """How messages call the output with this name."""
-    return f"outputs[{name!r}]" if name else "outputs"
-
-
-def target_called(name: str) -> str:
-    """How messages call the targets with this name."""
-    return f"y[{name!r}]" if name else "y"
-
-
 def _like(tracker: Tracker, device: torch.device) -> Tracker:
     """A tracker of the same loss, with metrics of its own."""
     return Tracker(tracker.loss, copies(tracker.means + tracker.stateful), device)
@@ -572,28 +463,6 @@ def _differ(together: Any, alone: Any, samples: int, tolerance: float) -> bool:
         return False
     a, b = together[0].float(), alone[0].float()
     return bool((a - b).abs().max() > tolerance * (a.abs().max() + 1e-6)) if a.numel() else False
-
-
-def _refuse_ids(layer: nn.Module, tensors: list[Tensor]) -> None:
-    """Indices of rows must be in the table: on a GPU that would not raise, but end the process's use of it."""
-    if not tensors or tensors[0].is_floating_point() or not tensors[0].numel():
-        return
-    low, high = (int(end) for end in torch.aminmax(tensors[0].long()))
-    if low < 0 or high >= layer.num_embeddings:
-        raise IndexError(
-            f"the inputs have indices from {low} to {high}, but the embedding has {layer.num_embeddings} rows, 0 to "
-            f"{layer.num_embeddings - 1}. Give it {max(high + 1, 1)} rows, or number the inputs from 0."
-        )
-
-
-NORMALIZING = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-
-
-def _scale_at(layer: nn.Module, tensors: list[Tensor]) -> Tensor | None:
-    floats = [one for one in tensors if one.is_floating_point() and one.numel()]
-    if isinstance(layer, NORMALIZING) or not floats:
-        return None
-    return floats[0].float().square().mean().sqrt()
 
 
 def _behind(function: Any) -> list[Any]:
