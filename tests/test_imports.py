@@ -54,19 +54,20 @@ BELOW = {
         "arguments", "checks", "preflight.data", "preflight.findings", "preflight.hints", "preflight.module",
         "preflight.refusals", "preflight.training", "preflight.trial", "structures",
     },
-    "preflight.refusals": {"memory", "preflight.findings", "preflight.layers", "preflight.trial"},
-    "preflight.module": {"preflight.findings", "preflight.layers", "preflight.trial"},
+    "preflight.trial": {
+        "callbacks.base", "loop", "losses", "precision", "preflight.layers", "preflight.outputs", "preflight.seen",
+        "preflight.untouched", "step", "structures", "tracker",
+    },
+    "preflight.refusals": {"memory", "preflight.findings", "preflight.layers", "preflight.seen"},
+    "preflight.module": {"preflight.findings", "preflight.layers", "preflight.seen"},
     "preflight.data": {
-        "losses", "preflight.findings", "preflight.hints", "preflight.outputs", "preflight.trial", "structures",
+        "losses", "preflight.findings", "preflight.hints", "preflight.outputs", "preflight.seen", "structures",
     },
     "preflight.training": {
-        "losses", "preflight.findings", "preflight.module", "preflight.outputs", "preflight.trial",
+        "losses", "preflight.findings", "preflight.module", "preflight.outputs", "preflight.seen",
         "preflight.untouched",
     },
-    "preflight.trial": {
-        "arguments", "callbacks.base", "data", "loop", "losses", "precision", "preflight.layers", "preflight.outputs",
-        "preflight.untouched", "step", "structures", "tensors", "tracker",
-    },
+    "preflight.seen": {"arguments", "data", "losses", "preflight.layers", "structures", "tensors"},
     "preflight.layers": {"preflight.hints", "structures"},
     "preflight.outputs": {"losses"},
     "preflight.hints": {"data", "optimizers", "preflight.findings", "step", "structures", "tensors"},

@@ -1,9 +1,9 @@
 """`Model.check`: what people get wrong before they train for hours, found in one step that leaves no trace.
 
-`trial.py` runs the step, and a check is a function from the trial to its findings, with one job: of the module
-(`module.py`), of the data (`data.py`), of the step (`training.py`). It says nothing where it cannot know: a healthy
-model gets notes at most. What `fit` refuses or warns of is found by letting it (`refusals.py`), not by rules of its
-own. To add a check, write such a function and name it in the `CHECKS` of its file.
+`trial.py` runs the step, and a check is a function from what was seen (`seen.py`) to its findings, with one job: of
+the module (`module.py`), of the data (`data.py`), of the step (`training.py`). It says nothing where it cannot know: a
+healthy model gets notes at most. What `fit` refuses or warns of is found by letting it (`refusals.py`), not by rules
+of its own. To add a check, write such a function and name it in the `CHECKS` of its file.
 """
 
 from __future__ import annotations

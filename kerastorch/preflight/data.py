@@ -16,7 +16,7 @@ from ..structures import leaves, named_leaves
 from .findings import Finding, counted, several
 from .hints import last_batch_size, other_size
 from .outputs import REACH, kind_of, last_operation, output_called, target_called
-from .trial import Trial
+from .seen import Seen
 
 # Root mean square of what the first layer gets: standardized data has 1, images from 0 to 255 about 100.
 LARGE_SCALE, ENORMOUS_SCALE = 20.0, 1000.0
@@ -39,12 +39,12 @@ RANGES = {
 OF_VALUES = ("mse", "l1", "smooth_l1", "huber", "log_cosh")
 
 
-def infinite_data(trial: Trial) -> Iterator[Finding]:
-    for name, values in trial.data_at_hand():
+def infinite_data(seen: Seen) -> Iterator[Finding]:
+    for name, values in seen.data_at_hand():
         number = _infinities(values)
         if number:
             yield Finding(
-                "warning" if trial.is_loss_finite else "error",
+                "warning" if seen.is_loss_finite else "error",
                 "data-not-finite",
                 name,
                 f"{name} has {counted(number, 'infinite value')}: the loss will be infinite or NaN.",
@@ -52,9 +52,9 @@ def infinite_data(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def double_data(trial: Trial) -> Iterator[Finding]:
-    dtype = next((one.dtype for one in trial.module.parameters() if one.dtype.is_floating_point), torch.float32)
-    for name, values in trial.arrays():
+def double_data(seen: Seen) -> Iterator[Finding]:
+    dtype = next((one.dtype for one in seen.module.parameters() if one.dtype.is_floating_point), torch.float32)
+    for name, values in seen.arrays():
         copied_bytes = values.nbytes // 2
         if values.dtype in (torch.float64, np.float64) and dtype is torch.float32 and copied_bytes >= LARGE_COPY_BYTES:
             yield Finding(
@@ -66,21 +66,21 @@ def double_data(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def last_batch_of_one(trial: Trial) -> Iterator[Finding]:
-    norms = [name for name, values in trial.layers.values_per_sample.items() if values == 1]
-    data, split = trial.source[0], trial.split
-    if norms and trial.is_trained and last_batch_size(data, trial.batch_size, split) == 1:
+def last_batch_of_one(seen: Seen) -> Iterator[Finding]:
+    norms = [name for name, values in seen.layers.values_per_sample.items() if values == 1]
+    data, split = seen.source[0], seen.split
+    if norms and seen.is_trained and last_batch_size(data, seen.batch_size, split) == 1:
         yield Finding(
             "error",
             "last-batch-of-one",
             several(norms),
             "The last batch of an epoch has one sample, by which BatchNorm cannot normalize: torch raises there.",
-            other_size(data, trial.batch_size, split),
+            other_size(data, seen.batch_size, split),
         )
 
 
-def input_scale(trial: Trial) -> Iterator[Finding]:
-    layer, scale = trial.layers.first or ("", None)
+def input_scale(seen: Seen) -> Iterator[Finding]:
+    layer, scale = seen.layers.first or ("", None)
     rms = 0.0 if scale is None else float(scale)
     if math.isfinite(rms) and rms >= LARGE_SCALE:
         yield Finding(
@@ -92,8 +92,8 @@ def input_scale(trial: Trial) -> Iterator[Finding]:
         )
 
 
-def target_scale(trial: Trial) -> Iterator[Finding]:
-    for name, loss, target in trial.targets():
+def target_scale(seen: Seen) -> Iterator[Finding]:
+    for name, loss, target in seen.targets():
         rms = _scale(target) if kind_of(loss) in OF_VALUES else 0.0
         if math.isfinite(rms) and rms >= ENORMOUS_SCALE:
             yield Finding(
@@ -105,8 +105,8 @@ def target_scale(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def constant_targets(trial: Trial) -> Iterator[Finding]:
-    for name, loss, target, _ in trial.targets_in_memory():
+def constant_targets(seen: Seen) -> Iterator[Finding]:
+    for name, loss, target, _ in seen.targets_in_memory():
         if target.numel() < 2 or loss.targets is None or not bool((target == target.flatten()[0]).all()):
             continue
         value = target.flatten()[0].item()
@@ -120,8 +120,8 @@ def constant_targets(trial: Trial) -> Iterator[Finding]:
         )
 
 
-def targets_out_of_range(trial: Trial) -> Iterator[Finding]:
-    for name, loss, target in trial.targets():
+def targets_out_of_range(seen: Seen) -> Iterator[Finding]:
+    for name, loss, target in seen.targets():
         least, most = RANGES.get(kind_of(loss), (-math.inf, math.inf))
         low, high = _ends(target)
         if low < least or high > most:
@@ -134,10 +134,10 @@ def targets_out_of_range(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def targets_out_of_reach(trial: Trial) -> Iterator[Finding]:
+def targets_out_of_reach(seen: Seen) -> Iterator[Finding]:
     """Values that the last operation of the module cannot return."""
-    known = {name: target for name, _, target in trial.targets()}
-    for name, loss, output, _ in trial.outputs():
+    known = {name: target for name, _, target in seen.targets()}
+    for name, loss, output, _ in seen.outputs():
         last = last_operation(output)
         if loss.targets is not VALUES or loss.on_logits or last not in REACH:
             continue
@@ -154,13 +154,13 @@ def targets_out_of_reach(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def sorted_targets(trial: Trial) -> Iterator[Finding]:
-    data = trial.source[0]
+def sorted_targets(seen: Seen) -> Iterator[Finding]:
+    data = seen.source[0]
     keeps_order = isinstance(data, DataLoader) and type(data.sampler) is SequentialSampler
-    for name, loss, ours, theirs in trial.targets_in_memory():
+    for name, loss, ours, theirs in seen.targets_in_memory():
         if loss.targets is not CLASSES or not _is_sorted(ours):
             continue
-        if _is_split_in_order(trial, ours, theirs):
+        if _is_split_in_order(seen, ours, theirs):
             yield Finding(
                 "warning",
                 "sorted-targets",
@@ -176,7 +176,7 @@ def sorted_targets(trial: Trial) -> Iterator[Finding]:
                 "The targets are sorted by class, and the loader keeps the order: most batches have one class only.",
                 "Give the DataLoader shuffle=True.",
             )
-        elif not trial.is_validated:
+        elif not seen.is_validated:
             yield Finding(
                 "note",
                 "sorted-targets",
@@ -186,11 +186,11 @@ def sorted_targets(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def unseen_classes(trial: Trial) -> Iterator[Finding]:
-    for name, loss, ours, theirs in trial.targets_in_memory():
+def unseen_classes(seen: Seen) -> Iterator[Finding]:
+    for name, loss, ours, theirs in seen.targets_in_memory():
         if loss.targets is not CLASSES or theirs is None or ours.ndim != 1 or theirs.ndim != 1:
             continue
-        if _is_split_in_order(trial, ours, theirs) or not trial.is_trained:  # which says it all
+        if _is_split_in_order(seen, ours, theirs) or not seen.is_trained:  # which says it all
             continue
         ignored = -100 if loss.ignore_index is None else loss.ignore_index
         unseen = theirs[~torch.isin(theirs, ours) & (theirs != ignored)]
@@ -204,10 +204,10 @@ def unseen_classes(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def validation_scale(trial: Trial) -> Iterator[Finding]:
-    if trial.validation_batch is None:
+def validation_scale(seen: Seen) -> Iterator[Finding]:
+    if seen.validation_batch is None:
         return
-    ours, theirs = (dict(named_leaves(batch[0], "x")) for batch in (trial.batch, trial.validation_batch))
+    ours, theirs = (dict(named_leaves(batch[0], "x")) for batch in (seen.batch, seen.validation_batch))
     for name in ours.keys() & theirs.keys():
         scales = [_scale(one) if _is_floats(one) else 0.0 for one in (ours[name], theirs[name])]
         if min(scales) > 0 and max(scales) > UNLIKE_SCALE * min(scales) and math.isfinite(max(scales)):
@@ -220,8 +220,8 @@ def validation_scale(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def validation_is_training(trial: Trial) -> Iterator[Finding]:
-    ours, theirs = (next(leaves(one), None) for one in (trial.source[0], trial.validation_given))
+def validation_is_training(seen: Seen) -> Iterator[Finding]:
+    ours, theirs = (next(leaves(one), None) for one in (seen.source[0], seen.validation_given))
     if ours is not None and ours is theirs:
         yield Finding(
             "note",
@@ -232,9 +232,9 @@ def validation_is_training(trial: Trial) -> Iterator[Finding]:
         )
 
 
-def validation_loss(trial: Trial) -> Iterator[Finding]:
-    loss = trial.validation_loss
-    if loss is not None and not math.isfinite(loss) and trial.is_loss_finite:
+def validation_loss(seen: Seen) -> Iterator[Finding]:
+    loss = seen.validation_loss
+    if loss is not None and not math.isfinite(loss) and seen.is_loss_finite:
         yield Finding(
             "error",
             "loss-not-finite",
@@ -301,9 +301,9 @@ def _is_sorted(target: Tensor) -> bool:
     return bool(((steps >= 0).all() | (steps <= 0).all()) & (steps != 0).any())
 
 
-def _is_split_in_order(trial: Trial, ours: Tensor, theirs: Tensor | None) -> bool:
+def _is_split_in_order(seen: Seen, ours: Tensor, theirs: Tensor | None) -> bool:
     """Whether `validation_split` has cut sorted targets."""
-    return trial.split > 0 and theirs is not None and ours.ndim == 1 and _is_sorted(torch.cat([ours, theirs]))
+    return seen.split > 0 and theirs is not None and ours.ndim == 1 and _is_sorted(torch.cat([ours, theirs]))
 
 
 def _classes(target: Tensor) -> str:

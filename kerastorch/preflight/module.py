@@ -10,11 +10,11 @@ from torch.nn.parameter import is_lazy
 
 from .findings import Finding, counted, several
 from .layers import ROOT
-from .trial import Trial
+from .seen import Seen
 
 
-def not_compiled(trial: Trial) -> Iterator[Finding]:
-    if trial.compiled is None:
+def not_compiled(seen: Seen) -> Iterator[Finding]:
+    if seen.compiled is None:
         yield Finding(
             "note",
             "not-compiled",
@@ -24,8 +24,8 @@ def not_compiled(trial: Trial) -> Iterator[Finding]:
         )
 
 
-def broken_weights(trial: Trial) -> Iterator[Finding]:
-    tensors = [*trial.module.named_parameters(), *trial.module.named_buffers()]
+def broken_weights(seen: Seen) -> Iterator[Finding]:
+    tensors = [*seen.module.named_parameters(), *seen.module.named_buffers()]
     if broken := [name for name, tensor in tensors if is_broken(tensor)]:
         yield Finding(
             "error",
@@ -36,23 +36,23 @@ def broken_weights(trial: Trial) -> Iterator[Finding]:
         )
 
 
-def frozen_parameters(trial: Trial) -> Iterator[Finding]:
-    named = dict(trial.module.named_parameters())
+def frozen_parameters(seen: Seen) -> Iterator[Finding]:
+    named = dict(seen.module.named_parameters())
     frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
     if frozen and len(frozen) < len(named):  # that nothing can be trained is an error of its own
         yield Finding(
             "note",
             "frozen-parameters",
-            several(covering(trial.module, frozen)),
+            several(covering(seen.module, frozen)),
             f"{len(frozen)} of {len(named)} parameters are frozen and will keep their values.",
             "Call model.unfreeze with their names if they should be trained.",
         )
 
 
-def frozen_norms(trial: Trial) -> Iterator[Finding]:
+def frozen_norms(seen: Seen) -> Iterator[Finding]:
     """BatchNorm whose parameters were frozen by hand: its statistics go on changing."""
     moving = []
-    for name, part in _trained_parts(trial).items():
+    for name, part in _trained_parts(seen).items():
         own = list(part.parameters(recurse=False))
         if getattr(part, "running_mean", None) is not None and own and not any(one.requires_grad for one in own):
             moving.append(name)
@@ -66,22 +66,22 @@ def frozen_norms(trial: Trial) -> Iterator[Finding]:
         )
 
 
-def eval_mode(trial: Trial) -> Iterator[Finding]:
-    parts = _trained_parts(trial)
+def eval_mode(seen: Seen) -> Iterator[Finding]:
+    parts = _trained_parts(seen)
     quiet = [name for name, part in parts.items() if not part.training]
     if quiet:
         yield Finding(
             "note",
             "eval-mode",
             ROOT if ROOT in quiet else several(quiet),
-            f"{len(quiet)} of {counted(len(parts), 'module')} in eval mode: fit trains in train mode, and puts it back.",
+            f"{len(quiet)} of {counted(len(parts), 'module')} in eval mode: fit trains in train mode and puts it back.",
             "Call model.freeze with their names if their BatchNorm statistics should stay.",
         )
 
 
-def foreign_parameters(trial: Trial) -> Iterator[Finding]:
-    own = set(map(id, trial.module.parameters()))
-    for name, update in trial.model.updates.items():
+def foreign_parameters(seen: Seen) -> Iterator[Finding]:
+    own = set(map(id, seen.module.parameters()))
+    for name, update in seen.model.updates.items():
         given = update.in_groups()
         if strangers := sum(id(parameter) not in own for parameter in given):
             yield Finding(
@@ -93,22 +93,22 @@ def foreign_parameters(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def parameters_without_optimizer(trial: Trial) -> Iterator[Finding]:
-    known = {id(parameter) for update in trial.model.updates.values() for parameter in update.in_groups()}
-    named = {name: one for name, one in trial.module.named_parameters() if one.requires_grad}
+def parameters_without_optimizer(seen: Seen) -> Iterator[Finding]:
+    known = {id(parameter) for update in seen.model.updates.values() for parameter in update.in_groups()}
+    named = {name: one for name, one in seen.module.named_parameters() if one.requires_grad}
     missing = {name for name, parameter in named.items() if id(parameter) not in known}
     if known and missing:
         yield Finding(
-            "note" if trial.overrides("train_step") else "warning",
+            "note" if seen.overrides("train_step") else "warning",
             "not-in-optimizer",
-            several(covering(trial.module, missing)),
+            several(covering(seen.module, missing)),
             f"{len(missing)} of {len(named)} trainable parameters are in no optimizer and will keep their values.",
             "Make the optimizer of all of module.parameters(); or freeze them, if that is meant.",
         )
 
 
-def parameters_twice(trial: Trial) -> Iterator[Finding]:
-    for name, update in trial.model.updates.items():
+def parameters_twice(seen: Seen) -> Iterator[Finding]:
+    for name, update in seen.model.updates.items():
         given = update.in_groups()
         if twice := len(given) - len(set(map(id, given))):
             yield Finding(
@@ -120,10 +120,10 @@ def parameters_twice(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def shared_memory(trial: Trial) -> Iterator[Finding]:
+def shared_memory(seen: Seen) -> Iterator[Finding]:
     """Two parameters in one place: tied by their values, where the parameter itself was meant to be shared."""
     places: dict[tuple, list[str]] = {}
-    for name, one in trial.module.named_parameters():
+    for name, one in seen.module.named_parameters():
         if one.requires_grad and _has_memory(one):
             places.setdefault((one.device, one.data_ptr()), []).append(name)
     for names in places.values():
@@ -137,13 +137,13 @@ def shared_memory(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def double_precision(trial: Trial) -> Iterator[Finding]:
-    double = {name for name, one in trial.module.named_parameters() if one.dtype is torch.float64}
-    if double and (trial.compiled is None or trial.compiled.precision.weights is not torch.float64):
+def double_precision(seen: Seen) -> Iterator[Finding]:
+    double = {name for name, one in seen.module.named_parameters() if one.dtype is torch.float64}
+    if double and (seen.compiled is None or seen.compiled.precision.weights is not torch.float64):
         yield Finding(
             "note",
             "float64-weights",
-            several(covering(trial.module, double)),
+            several(covering(seen.module, double)),
             f"{counted(len(double), 'parameter')} in float64: twice the memory, and much slower on most devices.",
             'Call module.float(), or say that it is meant by compile(precision="64").',
         )
@@ -181,10 +181,10 @@ def covering(module: nn.Module, names: set[str], prefix: str = "") -> list[str]:
     return left
 
 
-def _trained_parts(trial: Trial) -> dict[str, nn.Module]:
+def _trained_parts(seen: Seen) -> dict[str, nn.Module]:
     """The modules, but those that `model.freeze` keeps in eval mode."""
-    kept = {id(part) for one in trial.model._frozen for part in one.modules()}
-    return {name or ROOT: part for name, part in trial.module.named_modules() if id(part) not in kept}
+    kept = {id(part) for one in seen.model._frozen for part in one.modules()}
+    return {name or ROOT: part for name, part in seen.module.named_modules() if id(part) not in kept}
 
 
 def _optimizer(name: str) -> str:

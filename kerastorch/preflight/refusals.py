@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ..memory import is_out_of_memory
 from .findings import Finding
 from .layers import ROOT
-from .trial import Failure, Trial
+from .seen import Failure, Seen
 
 # What an error says -> the name of its finding; the first that fits.
 NAMES = (
@@ -43,8 +43,8 @@ PLACES = {
 LONGEST = 300  # characters of a foreign error
 
 
-def errors(trial: Trial) -> Iterator[Finding]:
-    yield from map(_from_failure, trial.failures)
+def errors(seen: Seen) -> Iterator[Finding]:
+    yield from map(_from_failure, seen.failures)
 
 
 def _from_failure(failure: Failure) -> Finding:
@@ -68,11 +68,11 @@ def _place(failure: Failure) -> str:
     return failure.where if failure.stage == "step" else f"{place}, {failure.where}"
 
 
-def warnings(trial: Trial) -> Iterator[Finding]:
-    for text in dict.fromkeys(trial.warnings):
+def warnings(seen: Seen) -> Iterator[Finding]:
+    for text in dict.fromkeys(seen.warnings):
         found, remedy = _sentences(" ".join(text.split()))
         if " NaN" in text and "Fill or drop" in text:
-            severity = "warning" if trial.is_loss_finite else "error"
+            severity = "warning" if seen.is_loss_finite else "error"
             yield Finding(severity, "data-not-finite", text.partition(" has ")[0], found, remedy)
         elif "expects logits" in text:
             yield Finding("warning", "probabilities", "outputs", found, remedy)

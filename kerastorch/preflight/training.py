@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -12,35 +13,35 @@ from ..losses import Loss
 from .findings import Finding, counted, several
 from .module import covering, is_broken
 from .outputs import kind_of, last_operation, output_called, target_called
-from .trial import Trial
+from .seen import Seen
 from .untouched import random_numbers_kept
 
 LARGE_NORM, VANISHING_NORM = 1e5, 1e-7  # of the gradient of the first batch
 
 
-def loss_not_finite(trial: Trial) -> Iterator[Finding]:
+def loss_not_finite(seen: Seen) -> Iterator[Finding]:
     """A loss of NaN that neither weights nor data explain."""
-    if trial.is_loss_finite or any(map(is_broken, trial.module.parameters())):
+    if seen.is_loss_finite or any(map(is_broken, seen.module.parameters())):
         return
-    if any(isinstance(values, Tensor) and is_broken(values) for _, values in trial.batch_at_hand()):
+    if any(isinstance(values, Tensor) and is_broken(values) for _, values in seen.batch_at_hand()):
         return
-    first = trial.layers.first_not_finite
+    first = seen.layers.first_not_finite
     yield Finding(
         "error",
         "loss-not-finite",
         first or "loss",
-        f"The loss of the first batch is {next(loss for loss in map(float, trial.losses) if not math.isfinite(loss))}, "
+        f"The loss of the first batch is {next(loss for loss in map(float, seen.losses) if not math.isfinite(loss))}, "
         + (f"and {first} is the first layer to return NaN or infinity." if first else "though every layer is finite."),
         "Look there for a logarithm or a division by 0, or for numbers too large for the precision.",
     )
 
 
-def loss_at_start(trial: Trial) -> Iterator[Finding]:
+def loss_at_start(seen: Seen) -> Iterator[Finding]:
     """A loss far above that of guessing, where it is one of classes."""
-    if trial.batch is None or trial.batch[2] is not None or not trial.losses:
+    if seen.batch is None or seen.batch[2] is not None or not seen.losses:
         return
-    for name, loss, output, target in trial.outputs():
-        classes, value = _classes(loss, output, target), float(trial.terms.get(name, trial.losses[0]))
+    for name, loss, output, target in seen.outputs():
+        classes, value = _classes(loss, output, target), float(seen.terms.get(name, seen.losses[0]))
         if classes and not loss.is_sum and math.isfinite(value) and value > 2 * math.log(classes) + 1:
             yield Finding(
                 "note",
@@ -51,8 +52,8 @@ def loss_at_start(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def no_log_probabilities(trial: Trial) -> Iterator[Finding]:
-    for name, loss, output, target in trial.outputs():
+def no_log_probabilities(seen: Seen) -> Iterator[Finding]:
+    for name, loss, output, target in seen.outputs():
         kind = kind_of(loss)
         if kind not in ("nll", "kl_div") or output.ndim < 2 or is_broken(output):
             continue
@@ -72,11 +73,11 @@ def no_log_probabilities(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def squashed_logits(trial: Trial) -> Iterator[Finding]:
+def squashed_logits(seen: Seen) -> Iterator[Finding]:
     """Probabilities that the values do not give away: of a sigmoid for each class, or of a few samples."""
-    if any("expects logits" in text for text in trial.warnings):
+    if any("expects logits" in text for text in seen.warnings):
         return
-    for name, loss, output, _ in trial.outputs():
+    for name, loss, output, _ in seen.outputs():
         last = last_operation(output)
         if loss.on_logits and last in ("Sigmoid", "Softmax"):
             yield Finding(
@@ -88,8 +89,8 @@ def squashed_logits(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def clipped_logits(trial: Trial) -> Iterator[Finding]:
-    for name, loss, output, _ in trial.outputs():
+def clipped_logits(seen: Seen) -> Iterator[Finding]:
+    for name, loss, output, _ in seen.outputs():
         if loss.on_logits and last_operation(output) == "Relu":
             yield Finding(
                 "warning",
@@ -100,14 +101,16 @@ def clipped_logits(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def broadcast(trial: Trial) -> Iterator[Finding]:
+def broadcast(seen: Seen) -> Iterator[Finding]:
     """A loss of the user's own that compares (N, 1) with (N,), all against all: no order of the targets changes it."""
-    for name, loss, output, target in trial.outputs():
+    if any("Using a target size" in text for text in seen.warnings):  # torch has found it
+        return
+    for name, loss, output, target in seen.outputs():
         is_near = loss.targets is None and abs(output.ndim - target.ndim) == 1 and output.numel() == target.numel()
         if not is_near or torch.equal(target, target.flip(0)):
             continue
         orders = (target, target.flip(0), target.reshape(output.shape))
-        given, turned, meant = (_value(trial, loss, output, one) for one in orders)
+        given, turned, meant = (_value(seen, loss, output, one) for one in orders)
         if _is_close(given, turned) and not _is_close(given, meant):
             yield Finding(
                 "warning",
@@ -121,8 +124,8 @@ def broadcast(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def mixed_samples(trial: Trial) -> Iterator[Finding]:
-    if trial.mixes_samples:
+def mixed_samples(seen: Seen) -> Iterator[Finding]:
+    if seen.mixes_samples:
         yield Finding(
             "warning",
             "samples-mix",
@@ -132,31 +135,31 @@ def mixed_samples(trial: Trial) -> Iterator[Finding]:
         )
 
 
-def unused_parameters(trial: Trial) -> Iterator[Finding]:
-    trainable = [name for name, one in trial.module.named_parameters() if one.requires_grad]
-    unused = {name for name in trainable if name not in trial.gradients}
-    if trial.is_trained and unused:
+def unused_parameters(seen: Seen) -> Iterator[Finding]:
+    trainable = [name for name, one in seen.module.named_parameters() if one.requires_grad]
+    unused = {name for name in trainable if name not in seen.gradients}
+    if seen.is_trained and unused:
         yield Finding(
-            "note" if trial.overrides("train_step") else "warning",
+            "note" if seen.overrides("train_step") else "warning",
             "unused-parameters",
-            several(covering(trial.module, unused)),
+            several(covering(seen.module, unused)),
             f"{len(unused)} of {len(trainable)} trainable parameters got no gradient from the first batch.",
             "Use them in forward, remove them or freeze them; if other batches use them, all is well.",
         )
 
 
-def gradient_norm(trial: Trial) -> Iterator[Finding]:
-    if not trial.is_trained or not trial.gradients or not trial.is_loss_finite:
+def gradient_norm(seen: Seen) -> Iterator[Finding]:
+    if not seen.is_trained or not seen.gradients or not seen.is_loss_finite:
         return
-    norm, broken = trial.norm, [name for name, gradient in trial.gradients.items() if is_broken(gradient)]
-    if broken and trial.gradient_scale > 1:  # the scale begins too high, and is halved until it fits
+    norm, broken = seen.norm, [name for name, gradient in seen.gradients.items() if is_broken(gradient)]
+    if broken and seen.gradient_scale > 1:  # the scale begins too high, and is halved until it fits
         return
     if broken:
         yield Finding(
             "error",
             "gradient-not-finite",
             several(broken),
-            f"{len(broken)} of {len(trial.gradients)} gradients of the first batch have NaN or infinity, though the "
+            f"{len(broken)} of {len(seen.gradients)} gradients of the first batch have NaN or infinity, though the "
             "loss is finite.",
             "Look for a square root, a norm or a logarithm of 0 in forward or loss; add a small number to it.",
         )
@@ -168,7 +171,7 @@ def gradient_norm(trial: Trial) -> Iterator[Finding]:
             f"The gradient of the first batch has norm {norm:.3g}: there is nothing to learn by.",
             "Look for dead ReLUs, a softmax over one value, or a loss that does not depend on the outputs.",
         )
-    elif norm > LARGE_NORM and not trial.is_clipped:
+    elif norm > LARGE_NORM and not seen.is_clipped:
         yield Finding(
             "warning",
             "exploding-gradient",
@@ -178,28 +181,28 @@ def gradient_norm(trial: Trial) -> Iterator[Finding]:
         )
 
 
-def modes(trial: Trial) -> Iterator[Finding]:
-    if trial.left_in_eval:
+def modes(seen: Seen) -> Iterator[Finding]:
+    if seen.left_in_eval:
         yield Finding(
             "note",
             "stays-in-eval",
-            several(trial.left_in_eval),
-            f"fit calls train() on the module, which leaves {counted(len(trial.left_in_eval), 'module')} in eval mode.",
+            several(seen.left_in_eval),
+            f"fit calls train() on the module, which leaves {counted(len(seen.left_in_eval), 'module')} in eval mode.",
             "Leave it so, if a train method of your own does that on purpose.",
         )
-    if trial.modes_changed:
+    if seen.modes_changed:
         yield Finding(
             "note",
             "forward-sets-modes",
-            several(trial.modes_changed),
-            f"forward changes the mode, train or eval, of {counted(len(trial.modes_changed), 'module')} in a step.",
+            several(seen.modes_changed),
+            f"forward changes the mode, train or eval, of {counted(len(seen.modes_changed), 'module')} in a step.",
             "Call model.freeze with their names instead, if they are to stay in eval mode.",
         )
 
 
-def overridden(trial: Trial) -> Iterator[Finding]:
-    names = [name for name in ("train_step", "compute_loss") if trial.overrides(name)]
-    if trial.compiled is not None and names:
+def overridden(seen: Seen) -> Iterator[Finding]:
+    names = [name for name in ("train_step", "compute_loss") if seen.overrides(name)]
+    if seen.compiled is not None and names:
         yield Finding(
             "note",
             "overridden",
@@ -236,9 +239,10 @@ def _classes(loss: Loss, output: Tensor, target: Tensor) -> int | None:
 
 
 @torch.no_grad()
-def _value(trial: Trial, loss: Loss, output: Tensor, target: Tensor) -> float:
+def _value(seen: Seen, loss: Loss, output: Tensor, target: Tensor) -> float:
     """A loss of the user's own; NaN where it takes no such target."""
-    with random_numbers_kept(trial.model.backend.device):
+    with random_numbers_kept(seen.model.backend.device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in the step it gave them already
         try:
             return float(loss.function(output.detach(), target).mean())
         except Exception:  # which a loss that looks at shapes itself may raise
