@@ -20,6 +20,8 @@ NORMALIZING = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 class Layers:
     """What hooks saw of the layers in one pass.
 
+    Args:
+        keeps_values: `False` = only which layer is running. Default: `True`.
     Attributes:
         innermost: Name of the layer that was running last, "" where none is; after an error, the one that raised it.
         innermost_inputs: Shapes of what it was given.
@@ -29,7 +31,8 @@ class Layers:
         refuse_output: Called with the module's output, if any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_values: bool = True) -> None:
+        self.keeps_values = keeps_values
         self._running: list[tuple[str, str]] = []
         self._finite: list[tuple[str, Tensor]] = []
         self.first: tuple[str, Tensor | None] | None = None
@@ -69,6 +72,8 @@ class Layers:
         self._running.append((f"{name or ROOT} ({type(layer).__name__})", shapes))
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
             _refuse_ids(layer, tensors)
+        if not self.keeps_values:
+            return
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
             self.values_per_sample[name] = values_per_sample(tensors)
         if self.first is None and next(layer.parameters(recurse=False), None) is not None and not layer._modules:
@@ -77,7 +82,7 @@ class Layers:
     def _end(self, name: str, layer: nn.Module, inputs: tuple, output: Any) -> None:
         while self._running and not self._running.pop()[0].startswith(f"{name or ROOT} ("):
             continue  # layers whose error `forward` caught
-        if not layer._modules:
+        if self.keeps_values and not layer._modules:
             tensors = (leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
             self._finite += [(name or ROOT, torch.isfinite(leaf.detach()).all()) for leaf in tensors]
         if not name and self.refuse_output is not None:

@@ -75,9 +75,9 @@ class Trial(Seen):
             return
         self.is_trained = True
         if self.is_plain:
-            self._attempt("evaluation", self._compare_alone, Layers())
+            self._attempt("evaluation", self._compare_alone, Layers(keeps_values=False))
         if self.validation is not None:
-            self._attempt("validation_data", self._validate, Layers())
+            self._attempt("validation_data", self._validate, Layers(keeps_values=False))
 
     def _attempt(self, stage: str, function: Callable, *arguments: Any) -> bool:
         """Whether a stage went through; its error is put down."""
@@ -297,7 +297,8 @@ def _differ(together: Any, alone: Any, samples: int, tolerance: float) -> bool:
     """Whether the first of so many samples has another output."""
     if not isinstance(together, Tensor) or not together.is_floating_point() or not together.ndim:
         return False
-    if len(together) != samples or together.shape != alone.shape:
+    is_of_samples = len(together) == samples and together.shape == alone.shape
+    if not is_of_samples or together.shape[1:2] == (samples,):  # (samples, samples) compares them with each other
         return False
     a, b = together[0].float(), alone[0].float()
     return bool((a - b).abs().max() > tolerance * (a.abs().max() + 1e-6)) if a.numel() else False

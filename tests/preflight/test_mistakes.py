@@ -679,6 +679,12 @@ def test_norms_without_statistics_may_mix_samples(x, y) -> None:
     assert list(check(net, x, y)) == []
 
 
+def test_outputs_that_compare_the_samples_may_mix_them(x) -> None:
+    net = Forward(lambda self, x: self.first(x) @ self.first(x).T + self.second.bias.sum() + self.second.weight.sum())
+    findings = check(net, x, torch.arange(N), lambda output, target: F.cross_entropy(output, target % len(output)))
+    assert "samples-mix" not in names(findings) and not findings.errors
+
+
 def test_dropout_that_stays_on_mixes_no_samples(x, y) -> None:
     net = Forward(lambda self, x: self.second(F.dropout(self.first(x), 0.5, training=True)))
     assert list(check(net, x, y)) == []
