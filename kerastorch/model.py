@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from . import backends, checkpoint, checks, limits, loop, optimizers
+from . import backends, checkpoint, checks, limits, loop, optimizers, preflight
 from . import losses as named_losses
 from . import metrics as named_metrics
 from . import precision as precisions
@@ -502,6 +502,43 @@ class Model:
             self.module.eval()
             return self._network()(*tensors[0], **tensors[1])
 
+    def check(
+        self,
+        data: Any,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        callbacks: Any = (),
+        validation_data: Any = None,
+        validation_split: float = 0.0,
+        verbose: int | str = "auto",
+    ) -> preflight.Findings:
+        """Looks for mistakes before hours of training: one step on one batch, which changes nothing.
+
+        Weights, buffers, gradients, optimizers, random numbers, modes, metrics and history stay as they are; only what
+        objects of your own inside of data, module or callbacks keep to themselves is out of reach.
+
+        Args:
+            data: As in `fit`, like the others; but no generator, which would not get its batch back.
+            verbose: 0 = only return them, 1 = also print them, `"auto"` = print them unless in a notebook.
+        Returns:
+            The `Findings`, a list whose `str` is a table: errors (`fit` will fail or be wrong), warnings (probably a
+            mistake) and notes. Before `compile` only module and inputs can be checked.
+        Raises:
+            ValueError, TypeError: a generator, or an argument that is not as in `fit`.
+        Example:
+            >>> model = Model(nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)), backend="cpu").compile("sgd", "mse")
+            >>> [(one.severity, one.name) for one in model.check(torch.rand(9, 4), torch.rand(9), verbose=0)]
+            [('error', 'shapes')]
+        """
+        options = {"batch_size": batch_size, "sample_weight": sample_weight, "callbacks": callbacks}
+        held_out = {"validation_data": validation_data, "validation_split": validation_split}
+        findings = preflight.check(self, data, y, **options, **held_out)
+        if verbose == 1 or (verbose == "auto" and not is_notebook()):
+            findings.print()
+        return findings
+
     def summary(
         self,
         input: Any = None,
@@ -818,7 +855,7 @@ class Model:
         reading: Reading,
         held_out: tuple[Any, float, int | None],
         callbacks: list,
-        overfit_batches: int | float,
+        overfit_batches: int | float = 0,
     ) -> tuple[Data, Data | None]:
         """The data to train on, and that to validate on: given by itself, or split off, or none, or the same."""
         if overfit_batches:

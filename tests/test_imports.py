@@ -7,7 +7,7 @@
                      > microbatch, tbptt, overrides > step
                      > data > tensors, seeding, structures             callbacks.* > callbacks.base
                      > backends > structures
-                     > checks, summary > tracing
+                     > checks, summary > tracing                        preflight > loop, data, losses, ...
 
 Backends know torch and nesting, never models, loops, data or callbacks. Nothing imports `model` but the package itself.
 """
@@ -30,8 +30,8 @@ BELOW = {
     "model": {
         "arguments", "backends", "callbacks.base", "callbacks.progress", "checkpoint", "checks", "compilation",
         "computation", "data", "history", "limits", "loop", "losses", "metrics", "microbatch", "optimizers",
-        "overrides", "patterns", "precision", "seeding", "state", "step", "structures", "summary", "tbptt", "tensors",
-        "tracker",
+        "overrides", "patterns", "precision", "preflight", "seeding", "state", "step", "structures", "summary", "tbptt",
+        "tensors", "tracker",
     },
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
     "jit": {"computation", "losses", "memory", "structures"},
@@ -55,6 +55,27 @@ BELOW = {
     "durations": set(),
     "flops": set(),
     "summary": {"tracing"},
+    "preflight.__init__": {
+        "arguments", "checks", "preflight.data", "preflight.findings", "preflight.hints", "preflight.module",
+        "preflight.refusals", "preflight.training", "preflight.trial", "structures",
+    },
+    "preflight.trial": {
+        "callbacks.base", "loop", "losses", "precision", "preflight.layers", "preflight.outputs", "preflight.seen",
+        "preflight.untouched", "step", "structures", "tracker",
+    },
+    "preflight.refusals": {"memory", "preflight.findings", "preflight.layers", "preflight.seen"},
+    "preflight.module": {"preflight.findings", "preflight.layers", "preflight.seen"},
+    "preflight.data": {
+        "losses", "preflight.findings", "preflight.hints", "preflight.outputs", "preflight.seen", "structures",
+    },
+    "preflight.training": {
+        "losses", "preflight.findings", "preflight.module", "preflight.outputs", "preflight.seen",
+        "preflight.untouched",
+    },
+    "preflight.seen": {"arguments", "data", "losses", "preflight.layers", "structures", "tensors"},
+    "preflight.layers": {"preflight.hints", "structures"},
+    "preflight.outputs": {"losses"},
+    "preflight.hints": {"data", "optimizers", "preflight.findings", "step", "structures", "tensors"},
     "backends.__init__": {"backends.single"},
     "backends.single": {"structures"},
     "state": {"checkpoint", "history"},
