@@ -341,7 +341,8 @@ class Model:
         self._refuse_unfit(callbacks, validated is not None)
         training = self._training_recipe(self._training_tracker, hooks, accumulate, taken.batches, microbatch)
         step = self._step(training, accumulate, microbatch)
-        with self._leaving_no_trace(dry_run), self._run(training, step, opened):
+        hints = preflight.first_batch_hints(training, preflight.last_batch_size(data, batch_size, validation_split))
+        with self._leaving_no_trace(dry_run), self._run(training, step, opened), hints:
             validation = validated and self._validation(validated, checked.batches, when, hooks, sanity_steps)
             self._expect(opened, validated)
             self._begin_schedules(training, self._pieces_in(opened, taken.batches), accumulate, bounds)

@@ -251,7 +251,7 @@ def test_rows_of_a_run_that_ends_early_are_there(digits, path, act, epochs):
     try:
         fit(digits, CSVLogger(path), At(act, 1, 2))
     except RuntimeError as error:
-        assert act is fail and str(error) == "broken"
+        assert act is fail and str(error).startswith("broken")
     assert epochs_in(path) == epochs
 
 
@@ -872,4 +872,4 @@ def test_a_logger_hears_of_the_end_once(digits):
     with pytest.raises(RuntimeError, match="broken"):
         fit(digits, logger, At(fail, 0, 1))
     ((_, error, _),) = logger.noted
-    assert str(error) == "broken"
+    assert str(error).startswith("broken")
