@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import time
+import warnings
 
 import pytest
 import torch
@@ -210,6 +211,21 @@ def test_a_long_epoch_is_added_up_in_between(clock, monkeypatch, marks):
     assert max(most) <= marks + 1
 
 
+def test_moments_are_read_once_the_device_has_come_to_them(clock, monkeypatch):
+    reached = []
+
+    def seconds(self, start, end):
+        assert end <= reached[-1]
+        return end - start
+
+    monkeypatch.setattr(profiler, "MAX_MARKS", 12)
+    monkeypatch.setattr(profiler._HostClock, "wait", lambda self, moment: reached.append(moment))
+    monkeypatch.setattr(profiler._HostClock, "seconds", seconds)
+    profile = Profiler()
+    fit(clock, profile, batches=9)
+    assert ms(profile) == expected() and len(reached) < profile.steps
+
+
 def test_a_second_run_starts_anew(clock):
     profile = Profiler(1)
     fit(clock, profile, batches=3)
@@ -317,6 +333,7 @@ def steps_in(path):
     return sorted({int(name[1]) for name in map(re.compile(r"ProfilerStep#(\d+)").fullmatch, events(path)) if name})
 
 
+@pytest.mark.filterwarnings("error:the run ended")
 @pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
 @pytest.mark.parametrize(("skip", "trace_steps"), [(0, 1), (2, 3)])
 def test_a_trace_has_the_operators_of_so_many_steps(tmp_path, name, skip, trace_steps):
@@ -380,6 +397,13 @@ def test_the_model_says_where_a_trace_is_written(tmp_path, monkeypatch):
     train(Profiler(trace=tmp_path / "trace.json"))
     assert steps_in(tmp_path / "elsewhere" / "trace.json") == [3, 4, 5]
     assert not (tmp_path / "trace.json").exists()
+
+
+def test_a_dry_run_is_as_short_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(kt.Model, "is_dry_run", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(Profiler(trace=tmp_path / "trace.json"), batches=1)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_training(tmp_path):

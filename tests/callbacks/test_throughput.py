@@ -114,7 +114,9 @@ class Within(kt.Callback):
             self.callback.on_interval_end(0, self.logs)
 
 
-@pytest.mark.parametrize(("skip", "so_far", "whole"), [(1, 5 / 1, (5 + 6) / 2), (2, None, 6 / 1), (3, None, None)])
+@pytest.mark.parametrize(
+    ("skip", "so_far", "whole"), [(1, 5 / 1, (5 + 6) / 2), (2, None, 6 / 1), (3, None, None), (9, None, None)]
+)
 def test_a_validation_within_an_epoch_is_not_timed(clock, skip, so_far, whole):
     callback = Throughput(skip=skip)
     within = Within(callback, clock)
@@ -417,6 +419,20 @@ def test_an_epoch_that_ends_in_its_first_step_counts_nothing(clock):
     history = fit(Slow(clock, mlp()), batches_of(4, 4, 4), callback, Interrupt(), validation_data=batches_of(2))
     assert callback.flops_per_sample is None and [*history] == ["loss"]
     assert _get_current_dispatch_mode() is None
+
+
+def test_a_validation_is_not_counted_where_no_first_step_came_before_it(clock):
+    class Within(kt.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 0:
+                callback.on_validation_begin({})
+                assert _get_current_dispatch_mode() is None
+                self.model.module(torch.rand(9, 4))
+                callback.on_train_batch_begin(0, {})
+
+    callback = Throughput(flops="auto")
+    fit(Slow(clock, mlp()), batches_of(4, 4, 4), callback, Within(), clock=clock)
+    assert callback.flops_per_sample == MLP
 
 
 def test_it_says_which_names_it_adds(clock):
