@@ -472,7 +472,7 @@ class Model:
             verbose: As in `fit`.
         Returns:
             The outputs in the order of the inputs and in the structure the module returns: numpy arrays where the
-            inputs are numpy, pandas or lists, else tensors on the CPU.
+            inputs are numpy, pandas or lists, else tensors on the CPU. `None` where a callback takes them over.
         Raises:
             ValueError, TypeError: an argument or the data is not as above.
         """
@@ -484,9 +484,10 @@ class Model:
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
         with self._computing(), loop.announced_errors(hooks):
             batches = self.backend.feed(islice(opened.batches(0), steps))
-            outputs = loop.predict(self.module, self._network(), hooks, batches)
-        if not outputs:
-            raise ValueError("the data is empty: it gave no batch, expected at least one.")
+            keeps_outputs = not any(getattr(callback, "takes_outputs", False) for callback in callbacks)
+            outputs = loop.predict(self.module, self._network(), hooks, batches, keeps_outputs)
+        if not keeps_outputs:
+            return None
         joined = join(outputs, concatenated)
         return map_structure(to_numpy, joined) if wants_numpy else joined
 

@@ -142,7 +142,7 @@ def _sizes(data: Any, batch_size: int | None, validation_split: float) -> tuple[
     """Samples in an epoch, where they are known, and in a batch."""
     size, samples = batch_size or DEFAULT_BATCH_SIZE, None
     if isinstance(data, DataLoader):
-        is_known = type(data.batch_sampler) is BatchSampler and not data.drop_last
+        is_known = type(data.batch_sampler) is BatchSampler and bool(data.batch_size) and not data.drop_last
         is_known = is_known and not isinstance(data.dataset, IterableDataset)
         size, samples = (data.batch_size, len(data.sampler)) if is_known else (size, None)
     elif is_arrays(data):

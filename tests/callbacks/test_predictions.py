@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from collections import namedtuple
 
 import numpy as np
@@ -214,6 +215,20 @@ def test_after_an_error_the_callback_can_go_on(tmp_path):
         model.predict(X, callbacks=[callback, Fail(1)], batch_size=4, verbose=0)
     outputs = model.predict(X, callbacks=callback, batch_size=4, verbose=0)
     assert torch.equal(read(tmp_path / "a.npy"), outputs)
+
+
+def test_memory_does_not_grow_with_what_is_written_where_nothing_is_returned(tmp_path):
+    class Look(kt.Callback):
+        def on_predict_batch_end(self, batch, logs=None):
+            alive.append(sum(reference() is not None for reference in references))
+            references.append(weakref.ref(logs["outputs"]))
+
+    references, alive = [], []
+    model, path = kt.Model(Net(lambda x: x), backend="cpu"), tmp_path / "a.npy"
+    options = {"batch_size": 1, "verbose": 0}
+    assert model.predict(X, callbacks=[Predictions(path, in_memory=False), Look()], **options) is None
+    assert len(alive) == 10 and max(alive) <= 1
+    assert torch.equal(read(path), model.predict(X, callbacks=Predictions(path), **options))
 
 
 def test_data_without_a_batch_writes_nothing(tmp_path):
