@@ -6,7 +6,7 @@
                                    > schedules
                      > microbatch, tbptt, overrides > step
                      > data > tensors, seeding, structures             callbacks.* > callbacks.base
-                     > backends > structures
+                     > backends > structures                       callbacks.checkpoint, state > checkpoint
                      > checks, summary > tracing
 
 Backends know torch and nesting, never models, loops, data or callbacks. Nothing imports `model` but the package itself.

@@ -17,9 +17,10 @@ from .base import Callback
 
 # Of a name in snake case: long words anywhere in it, short ones on their own, where a number may follow (`top5`).
 HIGHER_IS_BETTER = re.compile(
-    r"accuracy|precision|recall|auroc|correlation|(?:^|_)(?:acc|auc|ap|map|f1|f2|f_?beta|f_?score|r2|top|hits?|io_?u|"
-    r"jaccard|dice|kappa|mcc|matthews|pearson|spearman|sensitivity|specificity|ndcg|mrr|bleu|rouge|psnr|ssim|reward)"
-    r"(?=_|\d|$)"
+    r"accuracy|precision|recall|auroc|correlation|corr_coef|structural_similarity|explained_variance|exact_match|"
+    r"noise_ratio|distortion_ratio|quality|"
+    r"(?:^|_)(?:acc|auc|ap|map|f1|f2|f_?beta|f_?score|r2|top|hits?|io_?u|jaccard|dice|kappa|mcc|matthews|pearson|"
+    r"spearman|sensitivity|specificity|n?dcg|mrr|bleu|rouge|bert_score|psnr|ssim|reward)(?=_|\d|$)"
 )
 LOWER_IS_BETTER = re.compile(r"(?:^|_)(?:loss|error|err)(?=_|\d|$)")  # whatever else the name says: `accuracy_loss`
 
