@@ -76,8 +76,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(_why_refused(path)) from error
     except Exception as error:  # of many types, as damage is
-        raise ValueError(f"{str(path)!r} is damaged: {_first_line(error)}. Give a file written before it.") from error
-    if not isinstance(content, dict) or content.get("format") != MARK:
+        raise ValueError(_damaged(path, error)) from error
+    if not isinstance(content, dict) or content.get("format") != MARK or not {"version", "state"} <= content.keys():
         raise ValueError(_what_foreign(path, content))
     if content["version"] > VERSION:
         raise ValueError(
@@ -163,7 +163,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}. Give a file written before it.") from error
+        raise ValueError(_damaged(path, error)) from error
 
 
 def refuse_no_weights(weights: Mapping[str, Any]) -> None:
@@ -293,19 +293,23 @@ def kind_of(path: str | os.PathLike) -> str:
         return "a safetensors file"
     if not head.startswith(b"PK\x03\x04"):
         return "damaged or a file of another kind" if head else "an empty file"
-    if not zipfile.is_zipfile(path):
-        return "a torch file that is cut off"
-    names = zipfile.ZipFile(path).namelist()
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
+    except Exception:  # of many types, as damage is
+        return "a torch file that is cut off or damaged"
     if any(name.endswith("data.pkl") for name in names):
         return "a torch file"
     return "a Keras file" if "model.weights.h5" in names else "a zip file"
 
 
 def _why_refused(path: str | os.PathLike) -> str:
-    with zipfile.ZipFile(path) as file:
-        names = [name for name in file.namelist() if name.endswith("data.pkl")]
-        is_lightning = b"pytorch-lightning_version" in file.read(names[0])
-    if is_lightning:
+    try:
+        with zipfile.ZipFile(path) as file:
+            pickled = file.read(next(name for name in file.namelist() if name.endswith("data.pkl")))
+    except Exception as error:  # of many types, as damage is
+        return _damaged(path, error)
+    if b"pytorch-lightning_version" in pickled:
         return _lightning(path)
     return (
         f"{str(path)!r} holds more than tensors and plain data, and was not read: reading the rest may run anything. "
@@ -331,5 +335,6 @@ def _lightning(path: str | os.PathLike) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+def _damaged(path: str | os.PathLike, error: Exception) -> str:
+    what = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return f"{str(path)!r} is damaged: {what}. Give an older file."

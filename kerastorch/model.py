@@ -647,7 +647,6 @@ class Model:
 
     def _make_optimizer(self) -> None:
         """Makes what `compile` left to be made when a lazy module has its parameters."""
-        self._cast(self._compiled.precision)
         self._compiled.make_updates()
         self.optimizer = self._compiled.optimizer
 

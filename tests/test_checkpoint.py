@@ -281,9 +281,9 @@ LIGHTNING = {"pytorch-lightning_version": "2.6.0", "state_dict": {}}
     [
         (b"", "'.*file' is an empty file, no checkpoint. Give a file that model.save wrote."),
         (b"hello, world", "is damaged or a file of another kind, no checkpoint"),
-        (GOOD[: len(GOOD) // 2], "is a torch file that is cut off, no checkpoint"),
+        (GOOD[: len(GOOD) // 2], "is a torch file that is cut off or damaged, no checkpoint"),
         (GOOD[:-1], "is a torch file that is cut off|is damaged"),
-        (GOOD[:100] + bytes([GOOD[100] ^ 255]) + GOOD[101:], "is damaged: .*. Give a file written before it"),
+        (GOOD[:100] + bytes([GOOD[100] ^ 255]) + GOOD[101:], "is damaged: .*. Give an older file"),
         (
             safetensors.torch.save({"a": torch.ones(1)}),
             "is a safetensors file, .* It holds weights alone: call model.l",
@@ -314,6 +314,24 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_sentence(tmp_path, conte
     with pytest.raises(ValueError, match=message) as caught:
         checkpoint.read(tmp_path / "file")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what torch has to say on the way
+@pytest.mark.parametrize("kind", ["state", "weights"])
+def test_no_damage_is_another_error(tmp_path, kind):
+    path = tmp_path / "a"
+    write = {"state": checkpoint.write, "weights": checkpoint.write_weights}[kind]
+    read = {"state": checkpoint.read, "weights": checkpoint.read_weights}[kind]
+    write(path, {"a": torch.ones(8)})
+    whole, refused = path.read_bytes(), 0
+    for position in range(0, len(whole), 7):
+        for damaged in (whole[:position], whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :]):
+            path.write_bytes(damaged)
+            try:
+                read(path)
+            except ValueError:
+                refused += 1
+    assert refused > len(whole) / 7
 
 
 class Trap:
@@ -735,6 +753,20 @@ def test_saving_changes_nothing_about_the_run(tmp_path, classifier, digits, prec
     for model, callbacks in zip(models, ([], [Save()]), strict=True):
         model.fit(*digits, epochs=3, callbacks=callbacks, **FIT)
     assert same(state_of(models[0]), state_of(models[1]))
+
+
+@pytest.mark.parametrize("precision", ["32", "16"])
+def test_a_schedule_is_where_the_steps_are(tmp_path, classifier, digits, precision):
+    """Under loss scaling it follows a step later, when it is known whether the step was taken."""
+    done = []
+
+    class Save(kt.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.save(tmp_path / "a.pt")
+            done.append(checkpoint.read(tmp_path / "a.pt")["schedules"][""]["done"])
+
+    compiled(classifier, precision=precision, schedule="linear").fit(*digits, epochs=2, callbacks=Save(), **FIT)
+    assert done == [*range(1, 10), 9]  # the last step has no rate after it
 
 
 # What does not fit.

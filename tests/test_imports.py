@@ -7,7 +7,8 @@
                      > microbatch, tbptt, overrides > step
                      > data > tensors, seeding, structures             callbacks.* > callbacks.base
                      > backends > structures
-                     > checks, summary > tracing                        preflight > loop, data, losses, ...
+                     > checks, summary > tracing                  callbacks.checkpoint, state > checkpoint
+                     > preflight > loop, data, losses, ...
 
 Backends know torch and nesting, never models, loops, data or callbacks. Nothing imports `model` but the package itself.
 """

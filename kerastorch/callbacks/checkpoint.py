@@ -154,8 +154,8 @@ class ModelCheckpoint(Monitoring):
         self._is_due = True
         if self.monitor is None:
             self._save(self._epoch, logs)
-        elif not self._awaits_validation:
-            self._judge(self._epoch, logs)
+        else:
+            self._judge(self._epoch, logs)  # a `val_` value is not there, and waits
         self._update_last()
 
     def on_interval_end(self, epoch: int, logs: MutableMapping | None = None) -> None:

@@ -206,6 +206,8 @@ def test_the_training_is_judged_at_the_end_of_an_epoch_alone(fit, tmp_path):
         (2, "min", [1, 1, 1, 0.5], names("1", "1 2", "1 2", "2 4")),
         (2, "min", [math.nan, 2, 3, 1], names("1", "1 2", "2 3", "2 4")),
         (2, "max", [math.nan, 2, math.nan, -1], names("1", "1 2", "1 2", "2 4")),
+        (2, "min", [2, math.nan, 3], names("1", "1 2", "1 3")),
+        (2, "max", [2, math.nan, 1], names("1", "1 2", "1 3")),
         (-1, "min", [3, 4, 2], names("1", "1 2", "1 2 3")),
         (2, "min", [5, None, 4, None, 3], names("1", "1", "1 3", "1 3", "3 5")),
     ],
@@ -432,6 +434,25 @@ def test_last_follows_batches_and_time(fit, model, tmp_path):
     assert torch.equal(weights_in(tmp_path / "last.pt")["weight"], model.module.weight)
 
 
+def test_last_is_no_file_of_a_moment_before(fit, model, tmp_path):
+    weights = {}
+
+    class Look(kt.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            weights[self.model.steps_taken] = self.model.module.weight.clone()
+
+    within = ModelCheckpoint(tmp_path / "a" / "{step}.pt", save_top_k=-1, save_last=True)
+    judged = At(0, 1, lambda model: within.on_interval_end(0, {"val_loss": 0.5}))
+    assert fit(within, judged, Look()) == [["2", "last"]]
+    assert torch.equal(weights_in(tmp_path / "a" / "last.pt")["weight"], weights[5])
+
+    waiting = ModelCheckpoint(tmp_path / "b" / "{step}.pt", save_top_k=-1, save_freq=3, save_last=True)
+    found = []
+    look = At(1, 0, lambda model: found.append(weights_in(tmp_path / "b" / "last.pt")["weight"]))
+    assert fit(waiting, Look(), look, values=[0, 0]) == [["5", "last"], ["10", "5", "last"]]
+    assert torch.equal(found[0], weights[6]) and not torch.equal(weights[5], weights[6])
+
+
 # Errors.
 
 
@@ -468,7 +489,7 @@ def test_who_presses_ctrl_c_twice_does_not_wait_for_a_file(fit, tmp_path):
         raise KeyboardInterrupt
 
     class Twice(At):
-        def on_train_end(self, logs=None):
+        def on_epoch_end(self, epoch, logs=None):
             raise KeyboardInterrupt
 
     saving = ModelCheckpoint(tmp_path / "a.pt", save_freq=1000, on_exception=True)
