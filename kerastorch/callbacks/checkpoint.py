@@ -27,7 +27,7 @@ class ModelCheckpoint(Monitoring):
     """Saves the run: after each epoch, so many batches or so much time, and all of it or the best.
 
     A file has all of the state, for `model.load`, or the weights alone, for `model.load_weights`. It appears whole or
-    not at all. The weights are those of training, also where an `EMA` serves the validation.
+    not at all. After a validation by the averages of an `EMA`, these are the weights; a full file has both.
 
     What is monitored is judged at the end of each epoch, or after each validation within it. With `save_freq` batches
     or `every`, a value of the training is judged when the time has come, a `val_` value after the next validation
