@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import secrets
+import sys
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
@@ -75,8 +76,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(_why_refused(path)) from error
     except Exception as error:  # of many types, as damage is
-        raise ValueError(f"{str(path)!r} is damaged: {_first_line(error)}. Give a file written before it.") from error
-    if not isinstance(content, dict) or content.get("format") != MARK:
+        raise ValueError(_damaged(path, error)) from error
+    if not isinstance(content, dict) or content.get("format") != MARK or not {"version", "state"} <= content.keys():
         raise ValueError(_what_foreign(path, content))
     if content["version"] > VERSION:
         raise ValueError(
@@ -162,7 +163,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}. Give a file written before it.") from error
+        raise ValueError(_damaged(path, error)) from error
 
 
 def refuse_no_weights(weights: Mapping[str, Any]) -> None:
@@ -206,14 +207,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{str(path)!r} is a folder. Give the path of a file in it.")
+    before = sys.exc_info()[1]
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, target)
+        try:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)  # also where both are links to one file: then moving it does nothing
     except Exception as error:
-        cause = _cause(error)
+        cause = _cause(error, before)
         if cause is None:
             raise
         raise type(cause)(
@@ -221,8 +226,6 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             f"{str(path)!r} cannot be written: {cause.strerror}. Make room or give another path; a file that was there "
             f"is as it was.",
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)  # also where both were links to one file: then the move did nothing
 
 
 def _flush(path: Path) -> None:
@@ -230,15 +233,20 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _cause(error: BaseException | None) -> OSError | None:
-    """What the system had against it, below what torch or safetensors say on top of that."""
-    while error is not None:
-        if isinstance(error, OSError) and error.strerror:
+def _cause(error: BaseException | None, before: BaseException | None) -> OSError | None:
+    """What the system had against it, below what torch, safetensors and this file say on top of that.
+
+    Args:
+        error: The error.
+        before: One that was being handled when it came, and has nothing to do with it.
+    """
+    while error is not None and error is not before:
+        if isinstance(error, OSError) and error.strerror and error.__cause__ is None:
             return error
         code = re.search(r"\(os error (\d+)\)", str(error))
         if code:
             return OSError(int(code[1]), os.strerror(int(code[1])))
-        error = error.__context__
+        error = error.__cause__ or error.__context__
     return None
 
 
@@ -285,19 +293,23 @@ def kind_of(path: str | os.PathLike) -> str:
         return "a safetensors file"
     if not head.startswith(b"PK\x03\x04"):
         return "damaged or a file of another kind" if head else "an empty file"
-    if not zipfile.is_zipfile(path):
-        return "a torch file that is cut off"
-    names = zipfile.ZipFile(path).namelist()
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
+    except Exception:  # of many types, as damage is
+        return "a torch file that is cut off or damaged"
     if any(name.endswith("data.pkl") for name in names):
         return "a torch file"
     return "a Keras file" if "model.weights.h5" in names else "a zip file"
 
 
 def _why_refused(path: str | os.PathLike) -> str:
-    with zipfile.ZipFile(path) as file:
-        names = [name for name in file.namelist() if name.endswith("data.pkl")]
-        is_lightning = b"pytorch-lightning_version" in file.read(names[0])
-    if is_lightning:
+    try:
+        with zipfile.ZipFile(path) as file:
+            pickled = file.read(next(name for name in file.namelist() if name.endswith("data.pkl")))
+    except Exception as error:  # of many types, as damage is
+        return _damaged(path, error)
+    if b"pytorch-lightning_version" in pickled:
         return _lightning(path)
     return (
         f"{str(path)!r} holds more than tensors and plain data, and was not read: reading the rest may run anything. "
@@ -323,5 +335,6 @@ def _lightning(path: str | os.PathLike) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+def _damaged(path: str | os.PathLike, error: Exception) -> str:
+    what = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return f"{str(path)!r} is damaged: {what}. Give an older file."

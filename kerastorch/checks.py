@@ -212,3 +212,22 @@ def refuse_two_averages(callbacks: list[Any]) -> None:
             f"callbacks {' and '.join(names)} would each leave their average in the module. Give one of them, or "
             f"EMA(swap=False), which leaves the module alone."
         )
+
+
+def refuse_lost_weights(callbacks: list[Any]) -> None:
+    """Of an average and the best weights, the later one in the list would take the place of the other in the module."""
+    restoring = [index for index, one in enumerate(callbacks) if getattr(one, "restore_best_weights", False)]
+    for index, average in enumerate(callbacks):
+        if not restoring or not getattr(average, "leaves_average", False):
+            continue
+        kinds = type(average).__name__, type(callbacks[restoring[0]]).__name__
+        if not getattr(average, "serves_validation", False):
+            raise ValueError(
+                f"{kinds[0]} leaves its average in the module, and {kinds[1]} its best weights: one of them would be "
+                f"lost. Give restore_best_weights=False."
+            )
+        if index > restoring[0]:
+            raise ValueError(
+                f"{kinds[0]} comes after {kinds[1]} and would overwrite the weights that it restores. Give {kinds[0]} "
+                f"first: the best average is restored then."
+            )

@@ -73,11 +73,20 @@ class History:
         self._epochs_of: dict[str, list[int]] = {}
 
     def record(self, epoch: int, logs: MutableMapping) -> None:
-        """Adds the values of one epoch."""
+        """Adds the values of one epoch, or takes them in the place of those it was given before."""
+        if epoch in self.epoch[-1:]:
+            self._forget(epoch)
         self.epoch.append(epoch)
         for name, value in logs.items():
             self.history.setdefault(name, []).append(value)
             self._epochs_of.setdefault(name, []).append(epoch)
+
+    def _forget(self, epoch: int) -> None:
+        self.epoch.pop()
+        for name, epochs in self._epochs_of.items():
+            if epoch in epochs[-1:]:
+                epochs.pop()
+                self.history[name].pop()
 
     def go_on_from(self, earlier: History) -> None:
         """Takes over the epochs of the run that this one goes on with."""

@@ -99,11 +99,12 @@ def fit(
             if validation is not None and not ending.is_interrupted:
                 logs |= _validation_logs(training, validation, epoch, ending)
             move_schedules(training, logs)
+            history.record(epoch, logs)
+            model.epochs_trained += 1
             for hook in hooks.on_epoch_end:
                 hook(epoch, logs)
-            history.record(epoch, logs)
+            history.record(epoch, logs)  # again: with what callbacks have put there
             _warn_of_lost_loss(epoch, history)
-            model.epochs_trained += 1
             ending.epochs_done += 1
             if ending.is_due() or _has_run_dry(model, epoch, steps, steps_per_epoch, limits):
                 break
@@ -239,19 +240,28 @@ def evaluate(evaluation: Recipe, batches: Iterable, ending: Ending | None = None
 
 
 @torch.no_grad()
-def predict(module: torch.nn.Module, network: Callable, hooks: Any, batches: Iterable) -> list[Any]:
-    """What the network, which is the module in its precision, returns for each batch, moved to the CPU at once."""
+def predict(
+    module: torch.nn.Module, network: Callable, hooks: Any, batches: Iterable, keeps_outputs: bool = True
+) -> list[Any]:
+    """What the network, which is the module in its precision, returns for each batch, moved to the CPU at once.
+
+    Without `keeps_outputs` the hooks alone get it.
+    """
     module.eval()
-    outputs = []
+    outputs, index = [], -1
     for hook in hooks.on_predict_begin:
         hook({})
     for index, (x, _, _) in enumerate(batches):
         for hook in hooks.on_predict_batch_begin:
             hook(index, {})
         output = _without_objects(forward(network, x))
-        outputs.append(map_structure(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, output))
+        output = map_structure(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, output)
+        if keeps_outputs:
+            outputs.append(output)
         for hook in hooks.on_predict_batch_end:
-            hook(index, {"outputs": outputs[-1]})
+            hook(index, {"outputs": output})
+    if index < 0:
+        raise ValueError("the data is empty: it gave no batch, expected at least one.")
     for hook in hooks.on_predict_end:
         hook({})
     return outputs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import operator
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -187,7 +188,9 @@ def _named(name: str, loss: Loss | None) -> Mean | Stateful:
     if (loss_name := known_name(name)) is not None:
         measure = Loss(FUNCTIONS[loss_name][0], name, FUNCTIONS[loss_name][1])
         measure.layout = Layout() if loss is None else loss.layout
-        return Mean(name, _sums_of_loss(measure))
+        # As a loss it is the negative similarity, as a metric the similarity itself: Keras's, both.
+        finish = operator.neg if loss_name == "cosine_similarity" else float
+        return Mean(name, _sums_of_loss(measure), finish=finish)
     known = ["accuracy", "top5_accuracy", *ERRORS, *SCORES, *ALIASES]
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known are {', '.join(known[:9])}."

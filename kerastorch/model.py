@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from . import backends, checkpoint, checks, limits, loop, optimizers
+from . import backends, checkpoint, checks, limits, loop, optimizers, preflight
 from . import losses as named_losses
 from . import metrics as named_metrics
 from . import precision as precisions
@@ -341,7 +341,8 @@ class Model:
         self._refuse_unfit(callbacks, validated is not None)
         training = self._training_recipe(self._training_tracker, hooks, accumulate, taken.batches, microbatch)
         step = self._step(training, accumulate, microbatch)
-        with self._leaving_no_trace(dry_run), self._run(training, step, opened):
+        hints = preflight.first_batch_hints(training, preflight.last_batch_size(data, batch_size, validation_split))
+        with self._leaving_no_trace(dry_run), self._run(training, step, opened), hints:
             validation = validated and self._validation(validated, checked.batches, when, hooks, sanity_steps)
             self._expect(opened, validated)
             self._begin_schedules(training, self._pieces_in(opened, taken.batches), accumulate, bounds)
@@ -471,7 +472,7 @@ class Model:
             verbose: As in `fit`.
         Returns:
             The outputs in the order of the inputs and in the structure the module returns: numpy arrays where the
-            inputs are numpy, pandas or lists, else tensors on the CPU.
+            inputs are numpy, pandas or lists, else tensors on the CPU. `None` where a callback takes them over.
         Raises:
             ValueError, TypeError: an argument or the data is not as above.
         """
@@ -483,9 +484,10 @@ class Model:
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
         with self._computing(), loop.announced_errors(hooks):
             batches = self.backend.feed(islice(opened.batches(0), steps))
-            outputs = loop.predict(self.module, self._network(), hooks, batches)
-        if not outputs:
-            raise ValueError("the data is empty: it gave no batch, expected at least one.")
+            keeps_outputs = not any(getattr(callback, "takes_outputs", False) for callback in callbacks)
+            outputs = loop.predict(self.module, self._network(), hooks, batches, keeps_outputs)
+        if not keeps_outputs:
+            return None
         joined = join(outputs, concatenated)
         return map_structure(to_numpy, joined) if wants_numpy else joined
 
@@ -501,6 +503,43 @@ class Model:
         with self._computing(), torch.no_grad():
             self.module.eval()
             return self._network()(*tensors[0], **tensors[1])
+
+    def check(
+        self,
+        data: Any,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        callbacks: Any = (),
+        validation_data: Any = None,
+        validation_split: float = 0.0,
+        verbose: int | str = "auto",
+    ) -> preflight.Findings:
+        """Looks for mistakes before hours of training: one step on one batch, which changes nothing.
+
+        Weights, buffers, gradients, optimizers, random numbers, modes, metrics and history stay as they are; only what
+        objects of your own inside of data, module or callbacks keep to themselves is out of reach.
+
+        Args:
+            data: As in `fit`, like the others; but no generator, which would not get its batch back.
+            verbose: 0 = only return them, 1 = also print them, `"auto"` = print them unless in a notebook.
+        Returns:
+            The `Findings`, a list whose `str` is a table: errors (`fit` will fail or be wrong), warnings (probably a
+            mistake) and notes. Before `compile` only module and inputs can be checked.
+        Raises:
+            ValueError, TypeError: a generator, or an argument that is not as in `fit`.
+        Example:
+            >>> model = Model(nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)), backend="cpu").compile("sgd", "mse")
+            >>> [(one.severity, one.name) for one in model.check(torch.rand(9, 4), torch.rand(9), verbose=0)]
+            [('error', 'shapes')]
+        """
+        options = {"batch_size": batch_size, "sample_weight": sample_weight, "callbacks": callbacks}
+        held_out = {"validation_data": validation_data, "validation_split": validation_split}
+        findings = preflight.check(self, data, y, **options, **held_out)
+        if verbose == 1 or (verbose == "auto" and not is_notebook()):
+            findings.print()
+        return findings
 
     def summary(
         self,
@@ -608,7 +647,6 @@ class Model:
 
     def _make_optimizer(self) -> None:
         """Makes what `compile` left to be made when a lazy module has its parameters."""
-        self._cast(self._compiled.precision)
         self._compiled.make_updates()
         self.optimizer = self._compiled.optimizer
 
@@ -818,7 +856,7 @@ class Model:
         reading: Reading,
         held_out: tuple[Any, float, int | None],
         callbacks: list,
-        overfit_batches: int | float,
+        overfit_batches: int | float = 0,
     ) -> tuple[Data, Data | None]:
         """The data to train on, and that to validate on: given by itself, or split off, or none, or the same."""
         if overfit_batches:
@@ -1016,6 +1054,7 @@ class Model:
     def _refuse_unfit(self, callbacks: list[Any], is_validated: bool) -> None:
         """Callbacks and a validation that this model cannot have."""
         checks.refuse_two_averages(callbacks)
+        checks.refuse_lost_weights(callbacks)
         if is_validated and self._overrides("train_step") and not self._overrides("compute_loss"):
             checks.refuse_no_forward(self.module)
         if self._overrides("train_step") or self._overrides("compute_loss") or self._compiled.has_own_loss:

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from .directions import direction
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -179,7 +181,7 @@ def plateau(*, monitor: str | None = None, **options: Any) -> Schedule:
         monitor: Name in the epoch's logs. Default: `None` = "val_loss" where there is one, else "loss". For a name with
             "val_" epochs without validation do not count.
         options: Of torch's `ReduceLROnPlateau`, e.g. `factor=0.1`, `patience=10` in epochs. `mode` is by default "max"
-            where `monitor` has "acc" in it, as in Keras, else "min".
+            where the name of `monitor` tells that higher is better (accuracy, auc, ...), else "min".
     Returns:
         A schedule for `compile`, which goes on from one run to the next.
     Raises:
@@ -193,7 +195,7 @@ def plateau(*, monitor: str | None = None, **options: Any) -> Schedule:
     """
     if monitor is not None and not isinstance(monitor, str):
         raise ValueError(f"monitor={monitor!r} is not a name. Give one that the logs have, e.g. 'val_loss', or None.")
-    options = {"mode": "max" if monitor and "acc" in monitor else "min"} | options
+    options = {"mode": "max" if monitor and direction(monitor) > 0 else "min"} | options
     _try(ReduceLROnPlateau, options)
     make = functools.partial(_given, functools.partial(ReduceLROnPlateau, **options))
     return Schedule("plateau", make, every="epoch", restarts=False, monitor=monitor)

@@ -158,7 +158,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(rate, Tensor):
             group["lr"] = rate.fill_(group["lr"])  # in place: a captured graph reads it from this very tensor
-        elif rate is not None:
+        elif isinstance(group.get("lr"), Tensor):
             group["lr"] = float(group["lr"])
 
 

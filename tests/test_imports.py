@@ -7,7 +7,8 @@
                      > microbatch, tbptt, overrides > step
                      > data > tensors, seeding, structures             callbacks.* > callbacks.base
                      > backends > structures
-                     > checks, summary > tracing
+                     > checks, summary > tracing                  callbacks.checkpoint, state > checkpoint
+                     > preflight > loop, data, losses, ...
 
 Backends know torch and nesting, never models, loops, data or callbacks. Nothing imports `model` but the package itself.
 """
@@ -30,8 +31,8 @@ BELOW = {
     "model": {
         "arguments", "backends", "callbacks.base", "callbacks.progress", "checkpoint", "checks", "compilation",
         "computation", "data", "history", "limits", "loop", "losses", "metrics", "microbatch", "optimizers",
-        "overrides", "patterns", "precision", "seeding", "state", "step", "structures", "summary", "tbptt", "tensors",
-        "tracker",
+        "overrides", "patterns", "precision", "preflight", "seeding", "state", "step", "structures", "summary", "tbptt",
+        "tensors", "tracker",
     },
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
     "jit": {"computation", "losses", "memory", "structures"},
@@ -45,6 +46,7 @@ BELOW = {
     "accumulation": {"losses"},
     "precision": {"structures"},
     "optimizers": {"patterns"},
+    "schedules": {"directions"},
     "tracker": {"history", "losses", "metrics", "structures"},
     "metrics": {"losses", "structures", "targets"},
     "losses": {"targets"},
@@ -54,26 +56,51 @@ BELOW = {
     "durations": set(),
     "flops": set(),
     "summary": {"tracing"},
+    "preflight.__init__": {
+        "arguments", "checks", "preflight.data", "preflight.findings", "preflight.hints", "preflight.module",
+        "preflight.refusals", "preflight.training", "preflight.trial", "structures",
+    },
+    "preflight.trial": {
+        "callbacks.base", "loop", "losses", "precision", "preflight.layers", "preflight.outputs", "preflight.seen",
+        "preflight.untouched", "step", "structures", "tracker",
+    },
+    "preflight.refusals": {"memory", "preflight.findings", "preflight.layers", "preflight.seen"},
+    "preflight.module": {"preflight.findings", "preflight.layers", "preflight.seen"},
+    "preflight.data": {
+        "losses", "preflight.findings", "preflight.hints", "preflight.outputs", "preflight.seen", "structures",
+    },
+    "preflight.training": {
+        "losses", "preflight.findings", "preflight.module", "preflight.outputs", "preflight.seen",
+        "preflight.untouched",
+    },
+    "preflight.seen": {"arguments", "data", "losses", "preflight.layers", "structures", "tensors"},
+    "preflight.layers": {"preflight.hints", "structures"},
+    "preflight.outputs": {"losses"},
+    "preflight.hints": {"data", "optimizers", "preflight.findings", "step", "structures", "tensors"},
     "backends.__init__": {"backends.single"},
     "backends.single": {"structures"},
     "state": {"checkpoint", "history"},
     "checkpoint": {"__version__"},  # a name, not a file
     "callbacks.__init__": {f"callbacks.{path.stem}" for path in (PACKAGE / "callbacks").glob("*.py")},
-    "callbacks.averaging": {"callbacks.base"},
+    "callbacks.averaging": {"callbacks.base", "callbacks.rates"},
     "callbacks.backup": {"callbacks.base", "callbacks.files", "checkpoint", "seeding"},
     "callbacks.checkpoint": {
         "callbacks.filenames", "callbacks.files", "callbacks.monitoring", "checkpoint", "durations", "state",
     },
     "callbacks.functions": {"callbacks.base"},
+    "callbacks.loggers": {"callbacks.base", "callbacks.files"},
     "callbacks.measuring": {"callbacks.base", "durations"},
-    "callbacks.monitoring": {"callbacks.base"},
+    "callbacks.monitoring": {"callbacks.base", "directions"},
     "callbacks.predictions": {"callbacks.base", "callbacks.files"},
     "callbacks.profiler": {"callbacks.base", "callbacks.files"},
-    "callbacks.schedules": {"callbacks.base", "callbacks.messages", "callbacks.monitoring", "callbacks.values"},
+    "callbacks.schedules": {
+        "callbacks.base", "callbacks.messages", "callbacks.monitoring", "callbacks.rates", "callbacks.values",
+    },
     "callbacks.stopping": {"callbacks.base", "callbacks.messages", "callbacks.monitoring", "callbacks.values"},
+    "callbacks.tensorboard": {"callbacks.files", "callbacks.loggers"},
     "callbacks.throughput": {"callbacks.base", "flops", "structures"},
-    "callbacks.transfer": {"callbacks.base", "patterns"},
-    "callbacks.progress": {"callbacks.base"},
+    "callbacks.transfer": {"callbacks.base", "callbacks.rates", "patterns"},
+    "callbacks.progress": {"callbacks.base", "directions"},
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 REQUIRED = {"torch", "numpy", "tqdm", "tabulate", "colorama", "torchmetrics", "safetensors", "psutil"}

@@ -511,3 +511,11 @@ def test_what_cannot_be_weighted_is_refused() -> None:
     model.compile("sgd", "mse", weighted_metrics=[lambda output, target: (output - target).mean()])
     with pytest.raises(ValueError, match=r"returned one number for a batch. Return a value for each sample"):
         model.evaluate(torch.rand(4, 1), torch.rand(4, 1), sample_weight=torch.rand(4), verbose=0)
+
+
+def test_cosine_similarity_is_higher_where_outputs_are_better_though_its_loss_is_lower():
+    x, y = torch.rand(20, 3), torch.rand(20, 3)
+    model = kt.Model(nn.Identity()).compile("sgd", "cosine_similarity", metrics=["cosine_similarity"])
+    loss, similarity = model.evaluate(x, y, batch_size=8, verbose=0)
+    expected = torch.nn.functional.cosine_similarity(x, y).mean().item()
+    assert similarity == pytest.approx(expected, rel=1e-5) and loss == pytest.approx(-expected, rel=1e-5)

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import SWALR, get_ema_multi_avg_fn, get_swa_avg_fn
 
 from .base import Callback
+from .rates import set_rate
 
 
 class _Averaging(Callback):
@@ -127,6 +128,8 @@ class EMA(_Averaging):
 
     Source: Polyak & Juditsky 1992; `torch.optim.swa_utils.get_ema_multi_avg_fn`; Keras, `SwapEMAWeights`.
     """
+
+    serves_validation = True
 
     def __init__(self, decay: float = 0.999, *, update_every: int = 1, swap: bool = True) -> None:
         super().__init__()
@@ -478,10 +481,7 @@ def _rates(optimizer: Optimizer) -> list[float]:
 
 def _set_rates(optimizer: Optimizer, rates: list[float]) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=False):  # a group that was added since keeps its own
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)  # in place: a captured graph reads the rate from this very tensor
-        else:
-            group["lr"] = float(rate)
+        set_rate(group, rate)
 
 
 def _is_number(value: Any) -> bool:

@@ -33,6 +33,9 @@ class Callback:
     adds_to_logs: tuple[str, ...] | None = None
     """Names that `on_epoch_end` puts into the logs, so that other callbacks can monitor them; `None` = not known."""
 
+    takes_outputs: bool = False
+    """Whether predictions are its own business: `predict` then keeps none of them in memory and returns `None`."""
+
     def set_model(self, model: Any) -> None:
         """Called before the run with the `Model`."""
         self.model = model

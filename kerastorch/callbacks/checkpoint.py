@@ -27,7 +27,7 @@ class ModelCheckpoint(Monitoring):
     """Saves the run: after each epoch, so many batches or so much time, and all of it or the best.
 
     A file has all of the state, for `model.load`, or the weights alone, for `model.load_weights`. It appears whole or
-    not at all. The weights are those of training, also where an `EMA` serves the validation.
+    not at all. After a validation by the averages of an `EMA`, these are the weights; a full file has both.
 
     What is monitored is judged at the end of each epoch, or after each validation within it. With `save_freq` batches
     or `every`, a value of the training is judged when the time has come, a `val_` value after the next validation
@@ -154,8 +154,8 @@ class ModelCheckpoint(Monitoring):
         self._is_due = True
         if self.monitor is None:
             self._save(self._epoch, logs)
-        elif not self._awaits_validation:
-            self._judge(self._epoch, logs)
+        else:
+            self._judge(self._epoch, logs)  # a `val_` value is not there, and waits
         self._update_last()
 
     def on_interval_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
@@ -289,8 +289,13 @@ class ModelCheckpoint(Monitoring):
     # Files.
 
     def _write(self, path: str) -> None:
-        save = self.model.save_weights if self.save_weights_only else self.model.save
-        save(self.model.path_for(path))
+        self._write_to(self.model.path_for(path))
+
+    def _write_to(self, path: Path) -> None:
+        if self.save_weights_only:
+            self.model.save_weights(path)
+        else:
+            self.model.save(path)
 
     def _update_last(self) -> None:
         """The state of this moment at `last`: a link to the file of this moment, where there is one."""
@@ -298,15 +303,12 @@ class ModelCheckpoint(Monitoring):
         if not self.save_last:
             return
         self._steps_of_last, self.last_model_path = self.model.steps_taken, self._beside("last")
-        if not newest:
-            self._write(self.last_model_path)
-            return
-        source = self.model.path_for(newest)
+        # A file of its own each time: what is written into a link is written into the file that it links to.
         with replacing(self.model.path_for(self.last_model_path)) as temporary:
-            try:
-                os.link(source, temporary)
-            except OSError:  # not every file system has links
-                shutil.copyfile(source, temporary)
+            if newest:
+                _link(self.model.path_for(newest), temporary)
+            else:
+                self._write_to(temporary)
 
     def _is_there(self, path: str) -> bool:
         """Whether a file kept before is one to go on with; what is elsewhere is not ours to delete."""
@@ -406,6 +408,13 @@ class ModelCheckpoint(Monitoring):
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every file system has links
+        shutil.copyfile(source, target)
 
 
 def _say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Names of files that say when they were written, and how good what is in them: `{epoch:02d}-{val_loss:.3f}.pt`."""
+"""Names of files that say when they were written, and how good what is in them is: `{epoch:02d}-{val_loss:.3f}.pt`."""
 
 from __future__ import annotations
 

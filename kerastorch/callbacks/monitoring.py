@@ -7,22 +7,13 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
 from numbers import Real
 from typing import Any
 
+from ..directions import direction
 from .base import Callback
-
-# Of a name in snake case: long words anywhere in it, short ones on their own, where a number may follow (`top5`).
-HIGHER_IS_BETTER = re.compile(
-    r"accuracy|precision|recall|auroc|correlation|corr_coef|structural_similarity|explained_variance|exact_match|"
-    r"noise_ratio|distortion_ratio|quality|"
-    r"(?:^|_)(?:acc|auc|ap|map|f1|f2|f_?beta|f_?score|r2|top|hits?|io_?u|jaccard|dice|kappa|mcc|matthews|pearson|"
-    r"spearman|sensitivity|specificity|n?dcg|mrr|bleu|rouge|bert_score|psnr|ssim|reward)(?=_|\d|$)"
-)
-LOWER_IS_BETTER = re.compile(r"(?:^|_)(?:loss|error|err)(?=_|\d|$)")  # whatever else the name says: `accuracy_loss`
 
 
 class Monitoring(Callback):
@@ -71,7 +62,7 @@ class Monitoring(Callback):
             raise ValueError(f"mode={mode!r} is not known. Give 'min', 'max' or 'auto'.")
         if not isinstance(min_delta, Real) or isinstance(min_delta, bool) or not 0 <= min_delta < math.inf:
             raise ValueError(f"min_delta={min_delta!r} is no size of a change. Give a number from 0 up.")
-        self.monitor, self.mode = monitor, _direction(monitor) if mode == "auto" else mode
+        self.monitor, self.mode = monitor, ("max" if direction(monitor) > 0 else "min") if mode == "auto" else mode
         self.min_delta = float(min_delta)
         self._judged_epoch: int | None = None  # the epoch that was judged within, and is not at its end
         self._has_judged = self._is_loaded = False
@@ -170,14 +161,3 @@ class Monitoring(Callback):
         close = difflib.get_close_matches(self.monitor, known, n=1, cutoff=0.6)
         hint = f"Did you mean {close[0]!r}?" if close else "Give one of these, or add the metric to compile."
         return f"{type(self).__name__} monitors {self.monitor!r}, but the logs have {', '.join(known)}. {hint}"
-
-
-def _direction(name: str) -> str:
-    """`"max"` where the name says that higher is better, else `"min"`.
-
-    Example:
-        >>> [_direction(name) for name in ("val_top5_accuracy", "BinaryF1Score", "accuracy_loss", "perplexity")]
-        ['max', 'max', 'min', 'min']
-    """
-    snake = re.sub(r"\W+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)).lower()
-    return "max" if HIGHER_IS_BETTER.search(snake) and not LOWER_IS_BETTER.search(snake) else "min"

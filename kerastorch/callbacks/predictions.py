@@ -29,6 +29,8 @@ class Predictions(Callback):
         path: A file that ends in `.npy`, where the module returns one tensor; or a folder, with one file for each
             tensor that it returns, named after its keys or numbers: `{"logits": ..., "state": (..., ...)}` becomes
             `logits.npy`, `state.0.npy` and `state.1.npy`. What is there is replaced.
+        in_memory: Whether `predict` also keeps the predictions in memory and returns them; `False` = it returns `None`,
+            and may be given more than fits. Default: `True`.
     Raises:
         TypeError: `path` is no path; while predicting, an output that is no tensor.
         OSError: before predicting, a folder that cannot be written to, or a folder where a file is meant.
@@ -45,10 +47,10 @@ class Predictions(Callback):
     Source: the format, NEP 1, "A simple file format for NumPy arrays".
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, *, in_memory: bool = True) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"path={path!r} is a {type(path).__name__}, expected a file or folder to write to.")
-        self.path = path
+        self.path, self.takes_outputs = path, not in_memory
         self._files: dict[str, _GrowingFile] = {}
 
     def on_predict_begin(self, logs: MutableMapping | None = None) -> None:

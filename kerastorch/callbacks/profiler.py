@@ -133,7 +133,7 @@ class Profiler(Callback):
         self._mark(None)
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
-        if self._trace is not None:
+        if self._trace is not None and not self.model.is_dry_run:
             traced = max(0, self.trace_steps - self._left)
             warnings.warn(
                 f"the run ended after {traced} of trace_steps={self.trace_steps} steps were traced. Train for more "

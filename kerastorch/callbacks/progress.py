@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import numbers
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -17,6 +16,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
+from ..directions import direction
 from .base import Callback
 
 HEARTBEAT_S = 60.0  # between two plain lines within one epoch
@@ -24,9 +24,6 @@ HEARTBEAT_S = 60.0  # between two plain lines within one epoch
 # Ten cells, so that on 100 columns a loss and two metrics fit beside the bar; in a notebook the width is the widget's.
 KNOWN_LENGTH = "{desc}  {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}  {elapsed}<{remaining}{postfix}"
 UNKNOWN_LENGTH = "{desc}  {n_fmt} steps  {elapsed}{postfix}"
-
-LOWER_IS_BETTER = {"loss", "error", "mse", "mae", "rmse", "mape", "msle", "crossentropy", "perplexity"}
-HIGHER_IS_BETTER = {"accuracy", "acc", "auc", "auroc", "f1", "precision", "recall", "r2", "top"}
 
 
 def progress_for(verbose: int | str, callbacks: Iterable[Any] | None = ()) -> list[ProgressBar]:
@@ -193,7 +190,9 @@ class ProgressBar(Callback):
 
     def _improved(self, values: dict[str, float]) -> set[str]:
         """Names of the values that beat all earlier epochs; there is nothing to beat in the first."""
-        scores = {name: _sign(name) * value for name, value in values.items() if _sign(name) and not math.isnan(value)}
+        scores = {
+            name: direction(name) * value for name, value in values.items() if direction(name) and not math.isnan(value)
+        }
         improved = {name for name, score in scores.items() if score > self._best.get(name, math.inf)}
         self._best |= {name: max(score, self._best.get(name, score)) for name, score in scores.items()}
         return improved
@@ -282,17 +281,6 @@ def _numbers(logs: Mapping | None) -> dict[str, float]:
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 0
-
-
-def _sign(name: str) -> int:
-    """1 where higher is better, -1 where lower is, 0 where the name does not tell.
-
-    Example:
-        >>> _sign("val_top5_accuracy"), _sign("mean_squared_error"), _sign("lr")
-        (1, -1, 0)
-    """
-    words = set(re.split(r"[_\W]+", re.sub(r"top_?\d+", "top", name.lower())))
-    return bool(words & HIGHER_IS_BETTER) - bool(words & LOWER_IS_BETTER)
 
 
 def _text(name: str, value: float) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .base import Callback
 from .messages import is_verbose, say
 from .monitoring import Monitoring
+from .rates import set_rate
 from .values import count, number
 
 
@@ -103,7 +104,7 @@ class ReduceLROnPlateau(Monitoring):
 
     def judge(self, epoch: int, logs: MutableMapping, value: float) -> None:
         if self.cooldown_counter > 0:
-            self.cooldown_counter, self.wait = self.cooldown_counter - 1, 0
+            self.cooldown_counter -= 1
         if self.is_better(value, self.best):
             self.best, self.wait = value, 0
         elif self.cooldown_counter == 0:
@@ -122,7 +123,7 @@ class ReduceLROnPlateau(Monitoring):
         before = _rates(update)
         for group, rate in zip(update.optimizer.param_groups, before, strict=True):
             if self.min_lr < rate:
-                _set_rate(group, max(self.factor * rate, self.min_lr))
+                set_rate(group, max(self.factor * rate, self.min_lr))
         after = _rates(update)
         # Looked up: a rate in a float32 tensor may be a rounding error above `min_lr` for ever.
         is_reduced = after != before
@@ -183,7 +184,7 @@ class LearningRateScheduler(Callback):
             before = _rates(update)
             rate = self._scheduled(epoch, _first(before), name)
             for group, ratio in zip(update.optimizer.param_groups, self._ratios_of(name, before), strict=True):
-                _set_rate(group, ratio * rate)
+                set_rate(group, ratio * rate)
             if self.verbose:
                 say(f"Epoch {epoch + 1}: LearningRateScheduler setting {_titled(name)} to {rate:g}.")
 
@@ -270,13 +271,6 @@ def _rates(update: Any) -> list[float]:
 def _first(rates: list[float]) -> float:
     """That of the first group which is trained at all."""
     return next(filter(None, rates), 0.0)
-
-
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)  # in place: a captured graph reads the rate from this very tensor
-    else:
-        group["lr"] = rate
 
 
 def _titled(name: str) -> str:

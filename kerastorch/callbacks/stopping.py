@@ -30,8 +30,7 @@ class EarlyStopping(Monitoring):
     `baseline` has to be passed, too. After a wait of `patience` the run ends.
 
     With `restore_best_weights` the module has the best weights and buffers at the end, however the run ends but by an
-    error. Of a name with "val_" they are those that the validation saw, averages of `EMA` included; for that, give
-    this callback after `EMA`.
+    error; with `EMA` before this callback, and a name with "val_", the averages that the validation saw.
 
     Args:
         monitor: Name in the logs. Default: "val_loss".
@@ -91,7 +90,6 @@ class EarlyStopping(Monitoring):
         self._refuse_crossed_thresholds()
         self.verbose = is_verbose(verbose)
         self.restore_best_weights, self.check_finite = restore_best_weights, check_finite
-        self._validated_weights: dict[str, Any] | None = None  # of the validation to be judged next
         self._take_back()
         self.reset()
 
@@ -114,12 +112,7 @@ class EarlyStopping(Monitoring):
 
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
         super().on_train_begin(logs)
-        self._validated_weights = None
         self._take_back()
-
-    def on_test_end(self, logs: MutableMapping | None = None) -> None:
-        # Now, and not when the epoch ends: EMA has its averages in the module for the validation only.
-        self._validated_weights = self._weights() if self._is_best_of_validations(logs or {}) else None
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
         super().on_train_end(logs)
@@ -131,7 +124,6 @@ class EarlyStopping(Monitoring):
             self.model.module.load_state_dict(self.best_weights)
 
     def judge(self, epoch: int, logs: MutableMapping, value: float) -> None:
-        validated, self._validated_weights = self._validated_weights, None
         if not self.model.stop_training:
             self._take_back()  # what was asked for before: the run went on over it
         if epoch < self.start_from_epoch:
@@ -139,18 +131,18 @@ class EarlyStopping(Monitoring):
         if self.check_finite and not math.isfinite(value):
             self._stop(epoch, f"{self.monitor} is {value}.")
             return
-        is_better = self._compare(epoch, value, validated)
+        is_better = self._compare(epoch, value)
         reason = self._past_threshold(value) or (None if is_better else self._out_of_patience(epoch))
         if reason is not None:
             self._stop(epoch, reason)
 
-    def _compare(self, epoch: int, value: float, weights: dict[str, Any] | None) -> bool:
+    def _compare(self, epoch: int, value: float) -> bool:
         """Whether the value is the best so far; then it, its epoch and its weights are remembered."""
         self.wait += 1
         is_better = self.is_better(value, self.best)
         # A state that was saved without weights says what the best value was, and not how to get back to it.
         if self.restore_best_weights and (is_better or self.best_weights is None):
-            self.best_weights, self.best_epoch = weights or self._weights(), epoch
+            self.best_weights, self.best_epoch = self._weights(), epoch
         if is_better:
             self.best, self.best_epoch = value, epoch
             if self.baseline is None or self.is_better(value, self.baseline):
@@ -180,12 +172,6 @@ class EarlyStopping(Monitoring):
 
     def _take_back(self) -> None:
         self.stopped_epoch, self.reason = 0, None
-
-    def _is_best_of_validations(self, logs: Mapping[str, Any]) -> bool:
-        name = self.monitor.removeprefix("val_")
-        if not self.restore_best_weights or name == self.monitor or name not in logs:
-            return False
-        return self.is_better(self._number(logs[name]), self.best)
 
     def _weights(self) -> dict[str, Any]:
         """A copy of the module's state in CPU memory: an accelerator's may be too small for a second one."""
@@ -218,8 +204,9 @@ class TerminateOnNaN(Callback):
     Example:
         >>> import kerastorch as kt
         >>> model, x = kt.Model(torch.nn.Linear(2, 1), backend="cpu").compile("sgd", "mse", lr=1e30), torch.ones(8, 2)
-        >>> history = model.fit(x, x[:, :1], batch_size=4, epochs=9, callbacks=TerminateOnNaN(), verbose=0)
-        Epoch 1: the loss of batch 2 is inf, the run ends.
+        >>> model.fit(x, x[:, :1], batch_size=4, callbacks=TerminateOnNaN(raise_error=True))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        RuntimeError: NaN or Inf loss encountered at batch 2 of epoch 1, both counted from 1. Loss value: inf. Try ...
 
     Source: Keras, `TerminateOnNaN`.
     """
@@ -235,7 +222,7 @@ class TerminateOnNaN(Callback):
         self._due = 0.0
 
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
-        self._has_said, self._slots = False, ()
+        self._has_said = False
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
         self._epoch, self._batches, self._due = epoch, [], time.monotonic() + READ_EVERY_S
@@ -245,7 +232,8 @@ class TerminateOnNaN(Callback):
 
     def on_before_backward(self, loss: Any) -> None:
         if _is_at_hand(loss):
-            self._look_at([self._batch], [loss.item()])
+            if not math.isfinite(value := loss.item()):
+                self._end(self._batch, value)
             return
         if not self._slots:
             dtype = torch.float32 if loss.device.type == "mps" else torch.float64  # which MPS does not have
@@ -264,13 +252,10 @@ class TerminateOnNaN(Callback):
         """Waits for the device."""
         batches, self._batches = self._batches, []
         self._due = time.monotonic() + READ_EVERY_S
-        self._look_at(batches, torch.stack(self._slots[: len(batches)]).tolist())
-
-    def _look_at(self, batches: list[int], losses: list[float]) -> None:
+        losses = torch.stack(self._slots[: len(batches)]).tolist()
         for batch, loss in zip(batches, losses, strict=True):
             if not math.isfinite(loss):
                 self._end(batch, loss)
-                return
 
     def _end(self, batch: int, loss: float) -> None:
         if self.raise_error:

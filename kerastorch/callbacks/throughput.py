@@ -71,6 +71,7 @@ class Throughput(Callback):
             raise ValueError(f"skip={skip!r} is no number of steps. Give a whole number from 1 up.")
         self.tokens, self.flops, self.peak_flops, self.skip = tokens, flops, peak_flops, int(skip)
         self.flops_per_sample: float | None = None
+        self._peak_s_per_sample: float | None = None  # what these FLOPs take at the peak
         self._meter, self._hook = FlopMeter(), None
 
     @property
@@ -90,8 +91,6 @@ class Throughput(Callback):
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
         self._left, self._is_in_step = self.skip, False
         self.flops_per_sample = None if self.flops == "auto" else self.flops
-        self._peak_s_per_sample: float | None = None
-        self._meter = FlopMeter()
         self._zero()
         if self.tokens is not None:
             self._hook = self.model.module.register_forward_pre_hook(self._count, with_kwargs=True)

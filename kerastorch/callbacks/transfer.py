@@ -9,11 +9,12 @@ from itertools import compress
 from numbers import Integral, Real
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from ..patterns import parameters_of
 from .base import Callback
+from .rates import set_rate
 
 
 class Unfreeze(Callback):
@@ -111,7 +112,7 @@ class Unfreeze(Callback):
                 schedule.rescale(rates)
             else:
                 for index in groups:
-                    _set_rate(update.optimizer.param_groups[index], self.lr)
+                    set_rate(update.optimizer.param_groups[index], self.lr)
 
     def _refuse_unaware_schedules(self) -> None:
         """A scheduler of the user's own cannot be told of a new rate in mid-run."""
@@ -178,10 +179,3 @@ def _base_rates(update: Any) -> list[float]:
     if _is_scheduled(update):
         return [settings["lr"] for settings in update.schedule.state_dict()["base"]]
     return [float(group["lr"]) for group in update.optimizer.param_groups]
-
-
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)  # in place: a captured graph reads the rate from this very tensor
-    else:
-        group["lr"] = rate

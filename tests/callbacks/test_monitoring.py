@@ -169,8 +169,7 @@ def test_an_epoch_without_validations_within_is_judged_at_its_end_again():
     watch = Watch()
     intervals(watch, 0, 3.0)
     intervals(watch, 1, val_loss=2.0)
-    intervals(watch, 1, val_loss=1.0)  # of another run
-    assert watch.seen == [(0, 3.0), (1, 2.0), (1, 1.0)]
+    assert watch.seen == [(0, 3.0), (1, 2.0)]
 
 
 def test_a_mean_of_the_training_is_judged_at_the_end_alone():
@@ -273,6 +272,15 @@ def test_a_run_goes_on_from_a_state_and_the_one_after_it_starts_anew():
     assert second.seen == ["loaded", (3, 1.0)]
     model.fit(*DATA, validation_data=DATA, callbacks=second, verbose=0)
     assert len(second.seen) == 1
+
+
+def test_a_state_does_not_keep_an_epoch_of_that_number_in_the_next_run_from_being_judged():
+    first, second = Watch(), Watch()
+    intervals(first, 0, 3.0)
+    second.load_state_dict(first.state_dict())
+    second.on_train_begin({})
+    intervals(second, 0, val_loss=2.0)
+    assert second.seen == [(0, 2.0)]
 
 
 # Arguments.

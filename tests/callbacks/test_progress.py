@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from kerastorch.callbacks.base import Callback, hooks_of
-from kerastorch.callbacks.progress import ProgressBar, _duration, _pace, _sign, _text, progress_for
+from kerastorch.callbacks.progress import ProgressBar, _duration, _pace, _text, progress_for
 from kerastorch.history import Logs
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -379,18 +379,6 @@ def test_times_are_short_at_any_scale():
     assert [_pace(value) for value in (3.1e-4, 0.0089, 0.31, 0.9999, 12)] == [
         "0.31ms/step", "8.9ms/step", "310ms/step", "1.0s/step", "12s/step",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("sign", "names"),
-    [
-        (-1, "loss val_loss head_loss mse val_mae rmse mean_squared_error binary_crossentropy"),
-        (1, "accuracy val_acc auc f1 f1_1 precision recall r2 top_5 top5_accuracy head_accuracy"),
-        (0, "lr step_time temperature stop"),
-    ],
-)
-def test_direction_follows_from_the_name(sign, names):
-    assert {name: _sign(name) for name in names.split()} == dict.fromkeys(names.split(), sign)
 
 
 def test_progress_for_gives_one_bar_and_never_a_second():

@@ -174,8 +174,9 @@ def pair(**options):
 
 
 def test_several_optimizers_are_reduced_alike(digits, capsys):
-    model = pair(lr={"first": 0.8, "second": 0.1})
-    _, history = fit(model, digits, *plateau(3, 3, 3, 3, min_lr=0.04, verbose=1))
+    model, (score, callback) = pair(lr={"first": 0.8, "second": 0.1}), plateau(3, 3, 3, 3, min_lr=0.04, verbose=1)
+    _, history = fit(model, digits, score, callback)
+    assert callback.wait == 0, "one of them was reduced"
     assert history.history["first_lr"] == pytest.approx([0.8, 0.8, 0.4, 0.2])
     assert history.history["second_lr"] == pytest.approx([0.1, 0.1, 0.05, 0.04])
     assert capsys.readouterr().out.splitlines() == [
@@ -314,6 +315,11 @@ def test_the_function_gets_the_rate_of_the_moment(digits):
     assert seen == [(1, 0.8), (2, 0.4), (3, 0.2)] and watch.firsts() == [0.4, 0.2, 0.1]
 
 
+def test_a_second_argument_with_a_default_is_the_rate_too_as_in_keras(digits):
+    watch, _ = fit(compiled(lr=0.8), digits, LearningRateScheduler(lambda epoch, lr=9.0: lr / 2), epochs=2)
+    assert watch.firsts() == [0.4, 0.2]
+
+
 def test_it_is_a_loop_that_sets_the_rate_by_hand(digits):
     net = nn.Linear(64, 10)
     hand = nn.Linear(64, 10)
@@ -428,7 +434,7 @@ def test_rates_by_name_are_for_all_optimizers_and_no_others(digits, returned, me
 def test_rates_by_name_are_for_optimizers_with_names(digits):
     for name in ("", "first"):
         with pytest.raises(ValueError, match="the optimizers are one alone, without a name. Return a rate for each"):
-            fit(compiled(), digits, LearningRateScheduler(lambda epoch, name=name: {name: 0.1}))
+            fit(compiled(), digits, LearningRateScheduler(partial(lambda rates, epoch: rates, {name: 0.1})))
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,16 @@ def test_the_same_instance_starts_anew_in_the_next_run(net, diabetes):
     assert same_weights(second.module, score.modules[1])
 
 
+@pytest.mark.filterwarnings("ignore:EarlyStopping monitors 'val_loss', but the run ended without a validation")
+def test_what_stopped_one_run_is_not_said_of_the_next(net, diabetes, capsys):
+    callback = EarlyStopping(min_delta=100, verbose=1)
+    options = {"validation_data": diabetes, "callbacks": callback, "verbose": 0}
+    compiled(net).fit(*diabetes, epochs=3, **options)
+    assert callback.stopped_epoch == 1 and capsys.readouterr().out.startswith("Epoch 2: early stopping.")
+    compiled(net).fit(*diabetes, validation_freq=2, **options)
+    assert (callback.stopped_epoch, callback.reason) == (0, None) and capsys.readouterr().out == ""
+
+
 # Weights.
 
 
@@ -334,6 +344,21 @@ def test_weights_of_a_mean_of_the_training_are_those_at_the_end_of_the_epoch(net
     assert same_weights(model.module, score.modules[callback.best_epoch])
 
 
+def test_weights_of_a_value_without_a_validation_of_ours_are_those_of_the_moment():
+    """Another callback measured it, say."""
+    module, callback = nn.Linear(1, 1), EarlyStopping(patience=9, restore_best_weights=True)
+    callback.set_model(SimpleNamespace(stop_training=False, module=module))
+    nn.init.constant_(module.weight, 9.0)
+    callback.on_test_end({"loss": 0.5})  # of an evaluation outside
+    callback.on_train_begin({})
+    for epoch in range(3):
+        nn.init.constant_(module.weight, float(epoch))
+        if epoch == 1:
+            callback.on_test_end({"loss": 3.0 - epoch})
+        callback.on_epoch_end(epoch, {"val_loss": 3.0 - epoch})
+        assert callback.best_weights["weight"].item() == epoch
+
+
 def test_no_weights_are_copied_where_none_will_be_put_back(net, diabetes, monkeypatch):
     monkeypatch.setattr(EarlyStopping, "_weights", None)
     compiled(net).fit(*diabetes, validation_data=diabetes, epochs=2, callbacks=EarlyStopping(patience=9), verbose=0)
@@ -388,6 +413,14 @@ def test_a_state_without_weights_goes_on_with_those_of_the_moment(net, diabetes)
     second.load_state_dict(first.state_dict())
     _, model, score = run(net, diabetes, (0, 0, 3, 2), callback=second, initial_epoch=2)
     assert second.best == 1 and second.best_epoch == 2 and same_weights(model.module, score.modules[0])
+
+
+def test_weights_in_a_state_are_put_back_only_where_that_is_asked_for(net, diabetes):
+    first, _, _ = run(net, diabetes, (1, 2), patience=9, restore_best_weights=True)
+    second = EarlyStopping("score", patience=9)
+    second.load_state_dict(first.state_dict())
+    _, model, score = run(net, diabetes, (0, 0, 3, 2), callback=second, initial_epoch=2)
+    assert second.best == 1 and same_weights(model.module, score.modules[-1])
 
 
 # Arguments.
@@ -511,12 +544,16 @@ def test_far_away_it_is_read_when_the_slots_are_full(net, diabetes, far, capsys,
 
 
 def test_far_away_an_epoch_is_read_once(net, diabetes, far, monkeypatch):
-    reads, real = [], TerminateOnNaN._look_at
-    monkeypatch.setattr(TerminateOnNaN, "_look_at", lambda self, *losses: reads.append(losses) or real(self, *losses))
+    reads, real = [], TerminateOnNaN._read
+
+    def read(self):
+        reads.append((list(self._batches), torch.stack(self._slots[: len(self._batches)]).mean().item()))
+        real(self)
+
+    monkeypatch.setattr(TerminateOnNaN, "_read", read)
     history = compiled(net).fit(*diabetes, epochs=3, batch_size=10, callbacks=TerminateOnNaN(), verbose=0)
     assert [batches for batches, _ in reads] == [[*range(15)]] * 3
-    for (_, losses), mean in zip(reads, history.history["loss"], strict=True):
-        assert sum(losses) / 15 == pytest.approx(mean, rel=1e-6)
+    assert [mean for _, mean in reads] == pytest.approx(history.history["loss"], rel=1e-6)
 
 
 def test_far_away_no_step_reads_a_tensor(net, diabetes, far, monkeypatch):
