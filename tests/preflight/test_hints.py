@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset
 
 import kerastorch as kt
 from kerastorch.preflight import first_batch_hints, hints, last_batch_size
@@ -198,7 +198,11 @@ x, data = torch.zeros(33, 2), TensorDataset(torch.zeros(33, 2))
     ({"a": x, "b": x}, {}, 1), ([x, x], {}, 1), (x, {"batch_size": 33}, 33), (x, {"batch_size": 10}, 3),
     (x, {"batch_size": 1}, 1), (x, {"validation_split": 0.5}, 16), (x[:1], {}, 1), (data, {}, 1),
     (DataLoader(data, 8), {}, 1), (DataLoader(data, 8, drop_last=True), {}, None), (DataLoader(data, None), {}, None),
-    (DataLoader(data, batch_sampler=[[0, 1]]), {}, None), (DataLoader(data, 8, sampler=range(7)), {}, 7),
+    (DataLoader(data, batch_sampler=[[0, 1]]), {}, None),
+    (DataLoader(data, batch_sampler=BatchSampler(range(33), 4, False)), {}, 1),
+    (DataLoader(data, batch_sampler=BatchSampler(range(33), 4, True)), {}, None),
+    (DataLoader(data, batch_sampler=BatchSampler(iter(range(33)), 4, False)), {}, None),
+    (DataLoader(data, 8, sampler=range(7)), {}, 7),
     (DataLoader(Endless(), 8), {}, None), (Endless(), {}, None), ([(x, x)], {}, None), (iter([x]), {}, None),
     (lambda: x, {}, None), (np.zeros((0, 2)), {}, None),
 ], ids=lambda one: type(one).__name__)  # fmt: skip
