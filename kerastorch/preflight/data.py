@@ -274,7 +274,7 @@ def _infinities(values: Any) -> int:
 def _is_floats(values: Any) -> bool:
     if isinstance(values, Tensor):
         return values.is_floating_point()
-    return isinstance(values, np.ndarray) and values.dtype.kind == "f" and not isinstance(values, np.memmap)
+    return isinstance(values, np.ndarray) and values.dtype.kind == "f"
 
 
 def _scale(tensor: Tensor) -> float:

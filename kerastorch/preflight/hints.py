@@ -142,12 +142,16 @@ def _sizes(data: Any, batch_size: int | None, validation_split: float) -> tuple[
     """Samples in an epoch, where they are known, and in a batch."""
     size, samples = batch_size or DEFAULT_BATCH_SIZE, None
     if isinstance(data, DataLoader):
-        is_known = type(data.batch_sampler) is BatchSampler and bool(data.batch_size) and not data.drop_last
-        is_known = is_known and not isinstance(data.dataset, IterableDataset)
-        size, samples = (data.batch_size, len(data.sampler)) if is_known else (size, None)
+        order = data.batch_sampler
+        is_known = type(order) is BatchSampler and not order.drop_last
+        size, samples = (order.batch_size, _length_or_none(order.sampler)) if is_known else (size, None)
     elif is_arrays(data):
         first = next(leaves(grouped(data)), None)
         samples = None if first is None else len(array_of(first))
     elif hasattr(data, "__len__") and (isinstance(data, Dataset) or hasattr(data, "column_names")):
         samples = None if isinstance(data, IterableDataset) else len(data)
     return None if not samples else int(samples * (1.0 - validation_split)), size
+
+
+def _length_or_none(sized: Any) -> int | None:
+    return len(sized) if hasattr(sized, "__len__") else None

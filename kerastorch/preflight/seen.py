@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -159,8 +160,11 @@ class Seen:
             yield from named_leaves(part, name)
 
     def data_at_hand(self) -> Iterator[tuple[str, Any]]:
-        """All training data, where it was given as arrays; else the batch."""
-        yield from self.arrays() if is_arrays(self.source[0]) else self.batch_at_hand()
+        """All training data that was given as arrays in memory, and of other data the batch."""
+        arrays = dict(self.arrays())
+        in_memory = {name: array for name, array in arrays.items() if not isinstance(array, np.memmap)}
+        is_all = arrays and len(in_memory) == len(arrays)
+        yield from (in_memory if is_all else dict(self.batch_at_hand()) | in_memory).items()
 
     def _parts(self) -> list[tuple[str, Loss, Any]]:
         """Name of each output ("" of a single one), its loss, and its key in outputs and targets."""

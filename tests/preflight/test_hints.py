@@ -11,22 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset
 
 import kerastorch as kt
-from kerastorch.preflight import first_batch_hints, hints, last_batch_size
+from kerastorch.preflight import hints, last_batch_size
 
 
 class Hinted(kt.Model):
-    """A model whose runs are within `first_batch_hints`, as `fit` would put them there."""
-
-    last_batch: int | None = None
+    """A model that looks whether its runs leave any of the hooks behind that the hints are looked for by."""
 
     @contextlib.contextmanager
     def _run(self, training, step, data):
         self.hooks = training.hooks
         self.before = [len(one) for one in vars(training.hooks).values()]
-        with super()._run(training, step, data), first_batch_hints(training, self.last_batch):
+        with super()._run(training, step, data):
             yield
         assert self.before == [len(one) for one in vars(training.hooks).values()]
         assert not any(part._forward_pre_hooks for part in self.module.modules())
@@ -40,9 +38,7 @@ def caught(model: kt.Model, *data, epochs: int = 2, **options) -> list[str]:
 
 
 def fitted(net: nn.Module, *data, loss="cross_entropy", optimizer="sgd", model=Hinted, **options) -> list[str]:
-    last_batch = options.pop("last_batch", None)
     model = model(net, backend="cpu").compile(optimizer, loss)
-    model.last_batch = last_batch
     return caught(model, *data, **options)
 
 
@@ -141,7 +137,6 @@ def test_an_error_leaves_no_hooks(digits) -> None:
             raise KeyError("stop")
 
     model = Hinted(nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)), backend="cpu")
-    model.last_batch = 1
     model.compile("sgd", "cross_entropy")
     with pytest.raises(KeyError):
         model.fit(*digits, callbacks=Ends(), verbose=0)
@@ -160,7 +155,6 @@ def norms(*shape: int) -> nn.Module:
 def test_a_last_batch_that_a_norm_cannot_take_is_warned_of_in_the_first_one() -> None:
     x, y = torch.randn(33, 6), torch.arange(33) % 3
     model = Hinted(norms(), backend="cpu").compile("sgd", "cross_entropy")
-    model.last_batch = last_batch_size(x)
     seen = []
 
     class Sees(kt.Callback):
@@ -178,11 +172,16 @@ def test_a_last_batch_that_a_norm_cannot_take_is_warned_of_in_the_first_one() ->
 def test_a_last_batch_that_the_norms_can_take_is_not_warned_of() -> None:
     x, y = torch.randn(33, 2, 6), torch.arange(33) % 3
     net = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(12, 3))
-    assert fitted(net, x, y, last_batch=1) == []
+    assert fitted(net, x, y) == []
     model = Hinted(norms(), backend="cpu").freeze("1", "3").compile("sgd", "cross_entropy")
-    model.last_batch = 1
     assert caught(model, torch.randn(33, 6), y) == []
-    assert fitted(norms(), torch.randn(34, 6), torch.arange(34) % 3, last_batch=2) == []
+    assert fitted(norms(), torch.randn(34, 6), torch.arange(34) % 3) == []
+
+
+def test_a_last_batch_that_is_not_trained_on_is_not_warned_of() -> None:
+    data = torch.randn(33, 6), torch.arange(33) % 3
+    for options in ({"steps_per_epoch": 0.5}, {"overfit_batches": 1}, {"dry_run": True}):
+        assert fitted(norms(), *data, **options) == []
 
 
 class Endless(IterableDataset):
@@ -198,7 +197,11 @@ x, data = torch.zeros(33, 2), TensorDataset(torch.zeros(33, 2))
     ({"a": x, "b": x}, {}, 1), ([x, x], {}, 1), (x, {"batch_size": 33}, 33), (x, {"batch_size": 10}, 3),
     (x, {"batch_size": 1}, 1), (x, {"validation_split": 0.5}, 16), (x[:1], {}, 1), (data, {}, 1),
     (DataLoader(data, 8), {}, 1), (DataLoader(data, 8, drop_last=True), {}, None), (DataLoader(data, None), {}, None),
-    (DataLoader(data, batch_sampler=[[0, 1]]), {}, None), (DataLoader(data, 8, sampler=range(7)), {}, 7),
+    (DataLoader(data, batch_sampler=[[0, 1]]), {}, None),
+    (DataLoader(data, batch_sampler=BatchSampler(range(33), 4, False)), {}, 1),
+    (DataLoader(data, batch_sampler=BatchSampler(range(33), 4, True)), {}, None),
+    (DataLoader(data, batch_sampler=BatchSampler(iter(range(33)), 4, False)), {}, None),
+    (DataLoader(data, 8, sampler=range(7)), {}, 7),
     (DataLoader(Endless(), 8), {}, None), (Endless(), {}, None), ([(x, x)], {}, None), (iter([x]), {}, None),
     (lambda: x, {}, None), (np.zeros((0, 2)), {}, None),
 ], ids=lambda one: type(one).__name__)  # fmt: skip

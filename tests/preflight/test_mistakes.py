@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import kerastorch as kt
+from kerastorch.seeding import epoch_order
 
 N = 40
 
@@ -351,6 +352,25 @@ def test_errors_of_any_kind_become_findings(x, y) -> None:
     the_only(check(Forward(forward), x, y), "error", "step", where="the module (Forward)", found="KeyError:")
 
 
+def test_errors_that_forward_catches_are_not_taken_for_the_one_that_ends_it(x, y) -> None:
+    class Tries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wrong = nn.Sequential(nn.Sequential(nn.Linear(5, 3)))
+
+        def forward(self, x):
+            try:
+                return self.wrong(x)
+            except RuntimeError:
+                return x
+
+    net = nn.Sequential(Tries(), Forward(lambda self, x: self.nothing))
+    the_only(check(net, x, y), "error", "step", where="1 (Forward)", found="no attribute 'nothing'")
+    outer = Forward(lambda self, x: self.tries(x) + self.nothing)
+    outer.tries = Tries()
+    the_only(check(outer, x, y), "error", "step", where="the module (Forward)", found="no attribute 'nothing'")
+
+
 def test_out_of_memory_is_named_as_such(x, y) -> None:
     def forward(self, x):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
@@ -379,6 +399,14 @@ def test_probabilities_where_logits_are_expected_are_found_each_time(net, x, y) 
     for _ in range(2):
         one = the_only(model.check(x, y, verbose=0), "warning", "probabilities", where="outputs")
         assert one.remedy == "Remove the final Softmax or Sigmoid."
+
+
+def test_probabilities_are_found_after_fit_has_warned_of_them(x, y) -> None:
+    net = Forward(lambda self, x: F.normalize(self.second(self.first(x)).exp(), p=1, dim=1))
+    model = kt.Model(net, backend="cpu").compile("sgd", "cross_entropy")
+    with pytest.warns(UserWarning, match="expects logits"):
+        model.fit(x, y, verbose=0)
+    the_only(model.check(x, y, verbose=0), "warning", "probabilities", found="look like probabilities")
 
 
 @pytest.mark.parametrize("operation", ["sigmoid", "softmax"])
@@ -470,6 +498,12 @@ def test_targets_that_the_last_activation_cannot_reach_are_found(x, last, target
     assert all(f"to {max(target, float(y.max())):.4g}" in one.found and one.where == "y" for one in findings)
 
 
+def test_targets_a_little_beyond_reach_are_let_pass(x) -> None:
+    y = torch.rand(N, 2)
+    y[0, 0] = 1.005
+    assert list(check(nn.Sequential(nn.Linear(6, 2), nn.Sigmoid()), x, y, "mse")) == []
+
+
 @pytest.mark.parametrize(("loss", "y", "severity"), [
     ("cross_entropy", torch.ones(N, dtype=torch.int64), "warning"), ("mse", torch.full((N, 3), 2.5), "warning"),
     ("mse", torch.zeros(N, 3), "note"),  # a residual that shall vanish
@@ -515,7 +549,7 @@ def test_nan_and_infinity_are_found_with_their_columns(x, y) -> None:
     frame = pd.DataFrame(x.numpy(), columns=list("abcdef"))
     frame.loc[7, "d"] = np.nan
     findings = check(mlp(), frame, y)
-    assert names(findings) == ["data-not-finite"] and findings[0].where == "x" and "column 'd'" in findings[0].found
+    the_only(findings, "error", "data-not-finite", where="x", found="column 'd'", remedy="Fill or drop")
     x[3, 2] = float("inf")
     findings = check(mlp(), x, y, batch_size=N)
     the_only(findings, "error", "data-not-finite", where="x", found="x has 1 infinite value:")
@@ -524,7 +558,18 @@ def test_nan_and_infinity_are_found_with_their_columns(x, y) -> None:
 def test_nan_that_the_module_puts_up_with_is_no_error(x, y) -> None:
     x[0, 0] = float("nan")
     net = Forward(lambda self, x: self.second(self.first(x.nan_to_num())))
-    assert the_only(check(net, x, y), "warning", "data-not-finite", found="1 NaN in column 0")
+    the_only(check(net, x, y), "warning", "data-not-finite", found="1 NaN in column 0")
+
+
+def test_files_that_are_mapped_into_memory_are_not_read_whole(tmp_path, x, y) -> None:
+    mapped = np.memmap(tmp_path / "x", dtype="float32", mode="w+", shape=x.shape)
+    mapped[:] = x.numpy()
+    assert list(check(mlp(), mapped, y)) == []
+    first = set(epoch_order(N, 0)[:8].tolist())
+    mapped[[row for row in range(N) if row not in first]] = np.inf
+    assert list(check(mlp(), mapped, y, batch_size=8)) == []
+    mapped[:] = np.inf
+    the_only(check(mlp(), mapped, y), "error", "data-not-finite", where="x", found="x has 192 infinite values")
 
 
 @pytest.mark.parametrize(("factor", "severity"), [(0.05, None), (6.0, None), (100.0, "note"), (1e4, "warning")])
@@ -576,6 +621,7 @@ def test_last_batch_of_one_is_known_of_loaders_datasets_and_splits() -> None:
     more, labels = torch.randn(44, 6), torch.randperm(44) % 3
     the_only(check(with_norm(), more, labels, validation_split=0.25), "error", "last-batch-of-one")
     assert list(check(with_norm(), more, labels)) == []
+    assert list(check(with_norm(), more, labels, validation_split=0.25, validation_data=(more.clone(), labels))) == []
 
 
 def test_frozen_norms_take_a_last_batch_of_one() -> None:
@@ -625,6 +671,24 @@ def test_a_loss_of_nan_is_traced_to_the_first_layer_that_has_it(x, y) -> None:
     the_only(by_loss, "error", "loss-not-finite", where="loss", found="though every layer is finite")
 
 
+def test_gradients_in_fp16_are_scaled_as_in_fit(x) -> None:
+    y, net = torch.rand(N, 1), mlp(classes=1)
+
+    def tiny(output, target):
+        return 1e-8 * (output - target).square().mean()
+
+    found = [check(net, x, y, tiny, precision=precision) for precision in ("32", "16")]
+    exact, scaled = (float(one.checked.split("gradient norm ")[1].partition(",")[0]) for one in found)
+    assert scaled == pytest.approx(exact, rel=0.05) and exact > 0
+
+
+def test_gradients_that_overflow_in_fp16_are_left_to_the_scaler(x) -> None:
+    def steep(output, target):
+        return 1e3 * (output - target).square().mean()
+
+    assert not check(mlp(classes=1), x, torch.rand(N, 1), steep, precision="16").errors
+
+
 def test_a_gradient_of_nan_behind_a_finite_loss_is_found(x) -> None:
     net = Forward(lambda self, x: (self.second(self.first(x)) * 0).norm(dim=1, keepdim=True).sqrt())
     findings = check(net, x, torch.rand(N, 1), "mse")
@@ -651,6 +715,7 @@ def test_a_loss_far_above_that_of_guessing_is_noted(x, y) -> None:
     both = check(heads, torch.randn(N, 64), kinds, {"kind": "cross_entropy", "size": "mse"})
     the_only(both, "note", "large-loss", where="outputs['kind']", found="guessing among 10 classes")
     assert list(check(loud, x, y, nn.CrossEntropyLoss(weight=torch.ones(3)))) == []
+    assert list(check(loud, x, y, sample_weight=torch.ones(N))) == []
     assert list(check(mlp(), x, y, nn.CrossEntropyLoss(reduction="sum"))) == []
 
 
@@ -759,6 +824,9 @@ def test_parameters_given_twice_and_in_one_place_are_found(x, y) -> None:
     tied = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
     tied[1].weight = nn.Parameter(tied[0].weight.data)
     the_only(check(tied, x, y), "warning", "shared-memory", where="0.weight, 1.weight")
+    tied[1].requires_grad_(False)
+    assert names(check(tied, x, y)) == ["frozen-parameters"]
+    tied[1].requires_grad_(True)
     tied[1].weight = tied[0].weight
     assert list(check(tied, x, y)) == []
 

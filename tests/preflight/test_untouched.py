@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 from torchmetrics.classification import MulticlassAccuracy
 
 import kerastorch as kt
@@ -81,7 +82,7 @@ def state_of(model: kt.Model) -> dict:
         "modes": [part.training for part in module.modules()],
         "hooks": [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in module.modules()],
         "attributes": [sorted(vars(part)) for part in module.modules()],
-        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()),
+        "random": (random.getstate(), str(np.random.get_state(legacy=False)["state"]), torch.get_rng_state()),
         "model": {name: id(value) for name, value in vars(model).items()},
         "epochs": (model.epochs_trained, copy.deepcopy(vars(model.history)) if model.history else None),
     }
@@ -228,13 +229,14 @@ def test_scripted_and_compiled_modules_are_put_back(digits) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scripted = torch.jit.script(norm)
-    for net in (scripted, torch.compile(norm)):
+    compiled = []
+    for net in (scripted, torch.compile(norm, backend=lambda graph, inputs: compiled.append(graph) or graph)):
         model = kt.Model(net, backend="cpu").compile("sgd", "cross_entropy")
         before = copy.deepcopy({name: value.clone() for name, value in net.state_dict().items()})
         findings = model.check(*digits, verbose=0)
         assert list(findings) == [] and "gradient norm" in findings.checked
         assert_same(before, dict(net.state_dict()))
-        assert all(one.grad is None for one in net.parameters())
+        assert all(one.grad is None for one in net.parameters()) and not compiled
 
 
 def test_precision_and_jit_are_as_compiled_and_nothing_is_compiled(digits, classifier, monkeypatch) -> None:
@@ -260,8 +262,8 @@ class TwoSteps(kt.Model):
     def train_step(self, batch):
         loss = F.cross_entropy(self.module(batch[0]), batch[1])
         self.backward(loss)
-        self.optimizer_step()
         self.optimizer.step()
+        self.optimizer_step()
         self.optimizer.zero_grad()
         with torch.no_grad():
             for ours, theirs in zip(self.target.parameters(), self.module.parameters(), strict=True):
@@ -327,12 +329,19 @@ def test_loaders_and_datasets_go_on_as_if_nobody_had_looked(digits, classifier) 
     assert_same(batches(False), batches(True))
 
 
+class Alone(TensorDataset):
+    """Is read in this process, or not at all."""
+
+    def __getitem__(self, index):
+        assert get_worker_info() is None
+        return super().__getitem__(index)
+
+
 @pytest.mark.parametrize("order", ["batch_size", "batch_sampler", "samples"])
 def test_loaders_with_workers_are_read_without_starting_them(digits, classifier, order) -> None:
-    data = TensorDataset(*digits)
     options = {"batch_size": {"batch_size": 50}, "samples": {"batch_size": None},
                "batch_sampler": {"batch_sampler": [[0, 1, 2], [3, 4, 5]]}}[order]  # fmt: skip
-    data = TensorDataset(*(part.reshape(3, 50, *part.shape[1:]) for part in digits)) if order == "samples" else data
+    data = Alone(*(part.reshape(3, 50, *part.shape[1:]) if order == "samples" else part for part in digits))
     loader = DataLoader(data, num_workers=2, persistent_workers=True, **options)
     findings = kt.Model(classifier, backend="cpu").compile("sgd", "cross_entropy").check(loader, verbose=0)
     assert findings.ok and f"x ({3 if order == 'batch_sampler' else 50}, 64)" in findings.checked
@@ -401,12 +410,21 @@ def test_untouched_leaves_tensors_alone_that_cannot_be_written() -> None:
 
 def test_untouched_writes_to_no_weight_that_did_not_change() -> None:
     """A graph that waits for its backward pass, and weights in a file that is open for reading, stay valid."""
+
+    class Writes(TorchDispatchMode):
+        copied = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.copied += function is torch.ops.aten.copy_.default
+            return function(*arguments, **(options or {}))
+
     net = nn.Linear(2, 1)
     net.bias.data = torch.zeros(1)
     loss = net(torch.ones(3, 2)).square().sum()
     versions = [one._version for one in net.parameters()]
-    with untouched([net], device=CPU):
+    with Writes() as mode, untouched([net], device=CPU):
         net.bias.data += 1
-    assert versions == [one._version for one in net.parameters()] and net.bias.tolist() == [0]
+    assert mode.copied == 1 and net.bias.tolist() == [0]
+    assert versions == [one._version for one in net.parameters()]
     loss.backward()
     assert net.weight.grad is not None
