@@ -220,7 +220,7 @@ class TensorBoard(Logger):
             with _undisturbed(self.model.backend.device):
                 # Of a copy: nothing that a call changes, from statistics to counters, changes in the module. Its
                 # memory is that of the gradients, which are not there yet.
-                traced, tensors = _as_function_of_tensors(copy.deepcopy(module).eval(), inputs, named)
+                traced, tensors = _as_function_of_tensors(copy.deepcopy(module), inputs, named)
                 self._writer("train").add_graph(traced, tensors, use_strict_trace=False)
         except Exception as error:
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -653,8 +653,11 @@ def test_a_fit_that_goes_on_from_a_state_goes_on_in_its_run(digits, service):
     assert [epoch for epoch, _ in metrics["loss"]] == [0, 1, 2, 3] and status == "FINISHED"
     assert [step for step, _ in metrics["batch_loss"]] == [5, 10, 15, 20]
     assert other.state_dict()["steps"] == 20
-    fit(digits, other, epochs=1)
-    assert len(service.runs()) == 2
+    other.load_state_dict(save.states[0])
+    assert other.state_dict() == save.states[0]
+    fit(digits, service.logger(), epochs=1)
+    fit(digits, logger, epochs=1)
+    assert len(service.runs()) == 3
 
 
 def test_a_dry_run_is_not_logged(digits, service, tmp_path):
@@ -665,11 +668,15 @@ def test_a_dry_run_is_not_logged(digits, service, tmp_path):
 
 
 def test_an_evaluation_that_fails_ends_no_run_of_the_user(digits, service):
-    run, logger = service.start(), service.logger()
-    fit(digits, logger, epochs=1)
-    with pytest.raises(Exception, match="."):
-        compiled().evaluate(digits[0][:, :3], digits[1], callbacks=[logger], verbose=0)
-    assert service.active() == run
+    logger = service.logger()
+    for is_active in (False, True):
+        run = service.start() if is_active else None
+        fit(digits, logger, epochs=1)
+        run = run or service.start()
+        with pytest.raises(Exception, match="."):
+            compiled().evaluate(digits[0][:, :3], digits[1], callbacks=[logger], verbose=0)
+        assert service.active() == run
+        service.stop()
 
 
 # MLflow alone.

@@ -6,6 +6,7 @@ import copy
 import io
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -151,13 +152,14 @@ def test_validations_within_an_epoch_are_in_the_file_at_once(net, digits, folder
 
     class Interval(kt.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            if batch == 2:
-                board.on_interval_end(0, {"loss": 2.0, "val_loss": 3.0})
-                seen.append(scalars(folder, "validation"))
+            board.on_interval_end(0, {"loss": 2.0, "val_loss": 3.0})
+            (values,) = scalars(folder, "validation").values()
+            seen.append([step for step, _ in values])
 
     board = TensorBoard(folder)
     fit(compiled(net), digits, Interval(), board, epochs=1)
-    assert seen == [{"evaluation_loss_vs_iterations": [(3, 3.0)]}]
+    assert seen == [list(range(1, count + 1)) for count in range(1, STEPS + 1)]
+    assert scalars(folder, "validation") == {"evaluation_loss_vs_iterations": [(step, 3.0) for step in range(1, 6)]}
     assert "interval_loss" not in scalars(folder)
 
 
@@ -175,7 +177,7 @@ def test_evaluate_writes_over_the_steps_of_the_fit_before_it(net, digits, folder
 def test_values_that_are_no_numbers_are_left_out(net, digits, folder):
     class Adds(kt.Callback):
         def on_epoch_end(self, epoch, logs=None):
-            logs |= {"text": "a", "several": [1, 2], "tensor": torch.tensor(0.5), "nan": float("nan")}
+            logs |= {"text": "a", "several": {"a": 1}, "tensor": torch.tensor(0.5), "nan": float("nan")}
 
     fit(compiled(net), digits, Adds(), TensorBoard(folder, write_images=True), epochs=1)
     found = scalars(folder)
@@ -194,6 +196,14 @@ def test_a_second_fit_writes_beside_the_first(net, digits, folder):
     assert found["epoch_loss"] == numbered(first + second)
     assert [step for step, _ in found["batch_loss"]] == [5, 10, 5, 10]
     assert len(os.listdir(folder / "train")) == 2
+
+
+def test_a_second_fit_has_a_graph_too(net, digits, folder):
+    model, board = compiled(net), TensorBoard(folder)
+    fit(model, digits, board)
+    shutil.rmtree(folder)
+    fit(model, digits, board)
+    assert nodes(folder)
 
 
 def test_a_run_that_goes_on_from_a_state_counts_on(net, digits, folder):
@@ -324,11 +334,11 @@ def test_gradients_of_several_optimizers_are_all_there(digits, folder):
     class Twins(kt.Model):
         def train_step(self, batch):
             x, y = batch
-            for name in ("left", "right"):
-                loss = nn.functional.cross_entropy(self.module[name](x), y)
-                self.backward(loss)
-                self.optimizer_step(name)
-                self.log("loss", loss)
+            loss = nn.functional.cross_entropy(self.module["left"](x) + self.module["right"](x), y)
+            self.backward(loss)
+            self.optimizer_step("left")
+            self.optimizer_step("right")
+            self.log("loss", loss)
 
     net = nn.ModuleDict({"left": nn.Linear(64, 10), "right": nn.Linear(64, 10)})
     model = Twins(net, backend="cpu").compile({"left": "sgd", "right": "adam"}, "cross_entropy")
@@ -400,25 +410,39 @@ def test_tracing_leaves_modes_gradients_and_what_a_module_counts(digits, folder)
 
 
 class Several(nn.Module):
-    """Takes inputs by name, some of which are no tensors, and returns a dict."""
+    """Takes several inputs, of which some are no tensors; may return a dict."""
 
-    def __init__(self):
+    def __init__(self, name=None):
         super().__init__()
-        self.head = nn.Linear(64, 10)
+        self.head, self.name = nn.Linear(64, 10), name
 
     def forward(self, a, b=None, scale=2.0):
-        return self.head(a if b is None else a + b) * scale
+        output = self.head(a if b is None else a + b) * scale
+        return output if self.name is None else {self.name: output}
 
 
-@pytest.mark.parametrize(("kind", "number"), [("dict", 2), ("tuple", 2), ("one", 1), ("generator", 1)])
-def test_inputs_of_any_form_are_traced(digits, folder, kind, number):
+class Scaled(kt.Model):
+    def compute_loss(self, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(self.module(scale=3.0, a=x, b=x), y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [("dict", 2), ("tuple", 2), ("one", 1), ("generator", 1), ("named, not all tensors", 2), ("dict out", 1)],
+)
+def test_inputs_and_outputs_of_any_form_are_traced(digits, folder, kind, number):
     x, y = digits
-    inputs = {"dict": {"b": x, "a": x}, "tuple": (x, x), "one": x, "generator": x}[kind]
-    model = compiled(Several())
+    board, model = TensorBoard(folder), compiled(Several())
     if kind == "generator":
-        model.fit(((x[:BATCH], y[:BATCH]) for _ in range(3)), callbacks=TensorBoard(folder), verbose=0)
+        model.fit(((x[:BATCH], y[:BATCH]) for _ in range(3)), callbacks=board, verbose=0)
+    elif kind == "named, not all tensors":
+        fit(Scaled(Several(), backend="cpu").compile("sgd", "cross_entropy"), digits, board, epochs=1)
+    elif kind == "dict out":
+        model = kt.Model(Several("out"), backend="cpu").compile("sgd", {"out": "cross_entropy"})
+        fit(model, (x, {"out": y}), board, epochs=1)
     else:
-        fit(model, (inputs, y), TensorBoard(folder), epochs=1)
+        fit(model, ({"dict": {"b": x, "a": x}, "tuple": (x, x), "one": x}[kind], y), board, epochs=1)
     graph = reader(folder).Graph().node
     assert any("Linear[head]" in node.name for node in graph)
     assert sum(node.op == "IO Node" and node.name.startswith("input") for node in graph) == number
@@ -480,7 +504,9 @@ def test_the_module_may_be_copied_by_others_meanwhile(net, digits, folder):
     assert len(nodes(folder)) > 0
 
 
-def test_a_module_that_is_compiled_is_traced_and_compiled_as_without(net, digits, folder, monkeypatch):
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that `torch.compile` was given."""
     torch._dynamo.reset()
     graphs, compile_ = [], torch.compile
 
@@ -489,7 +515,10 @@ def test_a_module_that_is_compiled_is_traced_and_compiled_as_without(net, digits
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, backend=backend, fullgraph=True))
+    return graphs
 
+
+def test_a_module_that_is_compiled_is_traced_and_compiled_as_without(net, digits, folder, graphs):
     def run(*callbacks):
         graphs.clear()
         torch.manual_seed(0)
@@ -500,6 +529,21 @@ def test_a_module_that_is_compiled_is_traced_and_compiled_as_without(net, digits
 
     (ours, number), (theirs, expected) = run(TensorBoard(folder)), run()
     assert number == expected > 0 and same_weights(ours, theirs) and nodes(folder)
+
+
+@pytest.mark.filterwarnings("error:jit")
+def test_a_module_that_is_compiled_before_it_is_called_stays_so(digits, folder, graphs):
+    class Own(nn.Linear):
+        def forward(self, x, y):
+            return nn.functional.cross_entropy(super().forward(x), y)
+
+    model = kt.Model(Own(64, 10), backend="cpu").compile("sgd", None, jit=True)
+    data = digits[0][:128], digits[1][:128]  # no shorter last batch, which would be called
+    fit(model, data, batch_size=16)
+    before = len(graphs)
+    with pytest.warns(UserWarning, match="no graph to write"):
+        fit(model, data, TensorBoard(folder), batch_size=32)  # compiled anew, with the hook in the module
+    assert len(graphs) == before + 1 and nodes(folder) is None
 
 
 # Hyperparameters and the picture.
