@@ -342,7 +342,8 @@ class Model:
         training = self._training_recipe(self._training_tracker, hooks, accumulate, taken.batches, microbatch)
         step = self._step(training, accumulate, microbatch)
         is_whole = taken.batches == opened.steps and not overfit_batches
-        last_batch = preflight.last_batch_size(data, batch_size, validation_split) if is_whole else None
+        split_off = 0.0 if validation_data is not None else validation_split
+        last_batch = preflight.last_batch_size(data, batch_size, split_off) if is_whole else None
         hints = preflight.first_batch_hints(training, last_batch)
         with self._leaving_no_trace(dry_run), self._run(training, step, opened), hints:
             validation = validated and self._validation(validated, checked.batches, when, hooks, sanity_steps)

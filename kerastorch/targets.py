@@ -142,7 +142,7 @@ def sum_to_one(output: Tensor) -> bool:
 def come_from_a_sigmoid(output: Tensor) -> bool:
     """Whether a sigmoid made an output; the values cannot tell, since young logits often lie between 0 and 1."""
     node = output.grad_fn
-    while node is not None and node.name().startswith(("Squeeze", "Unsqueeze", "View", "Select")):
+    while node is not None and node.name().startswith(("Squeeze", "Unsqueeze", "View", "Select", "ToCopy")):
         node = node.next_functions[0][0]
     return node is not None and node.name().startswith("Sigmoid")
 

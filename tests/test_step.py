@@ -98,7 +98,7 @@ def test_frames_from_fit_to_the_optimizer_are_four_in_three_files(classifier, di
 def test_the_way_from_fit_to_the_optimizer_is_about_150_lines_of_code():
     step_by_step = [step.forward_backward, step.optimizer_step, step.forward, step.samples_in]
     functions = [model.Model.fit, loop.fit, loop.train_epoch, *step_by_step]
-    assert sum(map(lines_of_code, functions)) <= 212, [lines_of_code(function) for function in functions]
+    assert sum(map(lines_of_code, functions)) <= 213, [lines_of_code(function) for function in functions]
 
 
 def lines_of_code(function) -> int:
