@@ -303,6 +303,8 @@ def test_missing_targets_are_found(x) -> None:
 def test_data_that_cannot_be_opened_is_an_error(x, y) -> None:
     the_only(check(mlp(), x, y[:-1]), "error", "data", where="data", found="x has 40 samples, y has 39 samples")
     the_only(check(mlp(), []), "error", "data", found="The data is empty")
+    texts = pd.DataFrame({"name": ["a", "b"], "size": [1.0, 2.0]})
+    the_only(check(mlp(), texts, y[:2]), "error", "data", found="no numbers: ['name']", remedy="Encode them")
 
 
 def test_validation_data_that_cannot_be_opened_is_told_from_training_data(x, y) -> None:
@@ -687,6 +689,14 @@ def test_gradients_that_overflow_in_fp16_are_left_to_the_scaler(x) -> None:
         return 1e3 * (output - target).square().mean()
 
     assert not check(mlp(classes=1), x, torch.rand(N, 1), steep, precision="16").errors
+
+
+def test_a_first_batch_that_is_masked_whole_is_a_note(x, y) -> None:
+    batches = [(x[:8], torch.full((8,), -100)), (x[8:], y[8:])]
+    the_only(check(mlp(), batches), "note", "masked-targets", where="y", found="batch are -100, which is masked")
+    both = {"kind": torch.full((8,), -100), "size": torch.rand(8, 1)}
+    heads = check(TwoHeads(), [(torch.randn(8, 64), both)], loss={"kind": "cross_entropy", "size": "mse"})
+    assert not heads.errors and ("masked-targets", "y['kind']") in [(one.name, one.where) for one in heads]
 
 
 def test_a_gradient_of_nan_behind_a_finite_loss_is_found(x) -> None:
