@@ -288,6 +288,16 @@ def test_tokens_beyond_the_embedding_are_found() -> None:
     the_only(findings, "error", "index-range", remedy="number the inputs from 0")
 
 
+def test_embeddings_that_make_their_own_indices_are_left_alone() -> None:
+    class Positions(nn.Embedding):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(torch.arange(tokens.shape[1])).expand(len(tokens), -1, -1)
+
+    net, ids = LanguageModel(), torch.randint(0, 20, (N, 7))
+    net.embedding = nn.Sequential(Positions(7, 8))
+    assert list(check(net, ids, ids)) == []
+
+
 @pytest.mark.parametrize(("wrong", "text"), [(3, "from 0 to 3"), (-1, "from -1 to 2")])
 def test_classes_out_of_range_are_found_wherever_they_are(x, y, wrong, text) -> None:
     y[-1] = wrong
