@@ -146,7 +146,7 @@ class Seen:
     def arrays(self) -> Iterator[tuple[str, Any]]:
         """Name and array of all training data that was given as arrays."""
         data, y, weight = self.source
-        if not is_arrays(data):
+        if self.training is None or not is_arrays(data):
             return
         if y is None and isinstance(data, tuple) and 2 <= len(data) <= 3:  # as `open_data` reads it
             data, y, weight = (*data, weight)[:3]

@@ -19,9 +19,24 @@ from .untouched import random_numbers_kept
 LARGE_NORM, VANISHING_NORM = 1e5, 1e-7  # of the gradient of the first batch
 
 
+def masked_targets(seen: Seen) -> Iterator[Finding]:
+    """A batch without a target that counts, whose loss is the mean of none; its gradient is 0 and does no harm."""
+    for name, loss, output, target in seen.outputs():
+        if _is_masked(loss, output, target):
+            yield Finding(
+                "note",
+                "masked-targets",
+                target_called(name),
+                f"All targets of the first batch are {loss.ignore_index}, which is masked: nothing is learnt from it.",
+                "Give another ignore_index, or larger batches, if there are many of these.",
+            )
+
+
 def loss_not_finite(seen: Seen) -> Iterator[Finding]:
     """A loss of NaN that neither weights nor data explain."""
     if seen.is_loss_finite or any(map(is_broken, seen.module.parameters())):
+        return
+    if any(_is_masked(loss, output, target) for _, loss, output, target in seen.outputs()):
         return
     if any(isinstance(values, Tensor) and is_broken(values) for _, values in seen.batch_at_hand()):
         return
@@ -214,6 +229,7 @@ def overridden(seen: Seen) -> Iterator[Finding]:
 
 
 CHECKS = (
+    masked_targets,
     loss_not_finite,
     loss_at_start,
     no_log_probabilities,
@@ -226,6 +242,10 @@ CHECKS = (
     modes,
     overridden,
 )
+
+
+def _is_masked(loss: Loss, output: Tensor, target: Tensor) -> bool:
+    return loss.masks(output, target) and not bool((target != loss.ignore_index).any())
 
 
 def _classes(loss: Loss, output: Tensor, target: Tensor) -> int | None:

@@ -288,6 +288,16 @@ def test_tokens_beyond_the_embedding_are_found() -> None:
     the_only(findings, "error", "index-range", remedy="number the inputs from 0")
 
 
+def test_embeddings_that_make_their_own_indices_are_left_alone() -> None:
+    class Positions(nn.Embedding):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(torch.arange(tokens.shape[1])).expand(len(tokens), -1, -1)
+
+    net, ids = LanguageModel(), torch.randint(0, 20, (N, 7))
+    net.embedding = nn.Sequential(Positions(7, 8))
+    assert list(check(net, ids, ids)) == []
+
+
 @pytest.mark.parametrize(("wrong", "text"), [(3, "from 0 to 3"), (-1, "from -1 to 2")])
 def test_classes_out_of_range_are_found_wherever_they_are(x, y, wrong, text) -> None:
     y[-1] = wrong
@@ -303,6 +313,8 @@ def test_missing_targets_are_found(x) -> None:
 def test_data_that_cannot_be_opened_is_an_error(x, y) -> None:
     the_only(check(mlp(), x, y[:-1]), "error", "data", where="data", found="x has 40 samples, y has 39 samples")
     the_only(check(mlp(), []), "error", "data", found="The data is empty")
+    texts = pd.DataFrame({"name": ["a", "b"], "size": [1.0, 2.0]})
+    the_only(check(mlp(), texts, y[:2]), "error", "data", found="no numbers: ['name']", remedy="Encode them")
 
 
 def test_validation_data_that_cannot_be_opened_is_told_from_training_data(x, y) -> None:
@@ -687,6 +699,14 @@ def test_gradients_that_overflow_in_fp16_are_left_to_the_scaler(x) -> None:
         return 1e3 * (output - target).square().mean()
 
     assert not check(mlp(classes=1), x, torch.rand(N, 1), steep, precision="16").errors
+
+
+def test_a_first_batch_that_is_masked_whole_is_a_note(x, y) -> None:
+    batches = [(x[:8], torch.full((8,), -100)), (x[8:], y[8:])]
+    the_only(check(mlp(), batches), "note", "masked-targets", where="y", found="batch are -100, which is masked")
+    both = {"kind": torch.full((8,), -100), "size": torch.rand(8, 1)}
+    heads = check(TwoHeads(), [(torch.randn(8, 64), both)], loss={"kind": "cross_entropy", "size": "mse"})
+    assert not heads.errors and ("masked-targets", "y['kind']") in [(one.name, one.where) for one in heads]
 
 
 def test_a_gradient_of_nan_behind_a_finite_loss_is_found(x) -> None:
