@@ -543,7 +543,7 @@ def test_a_module_that_is_compiled_before_it_is_called_stays_so(digits, folder, 
     before = len(graphs)
     with pytest.warns(UserWarning, match="no graph to write"):
         fit(model, data, TensorBoard(folder), batch_size=32)  # compiled anew, with the hook in the module
-    assert len(graphs) == before + 1 and nodes(folder) is None
+    assert len(graphs) > before and nodes(folder) is None
 
 
 # Hyperparameters and the picture.
