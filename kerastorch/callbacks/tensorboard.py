@@ -32,8 +32,9 @@ class TensorBoard(Logger):
     `epoch_loss` and so on, and `evaluation_loss_vs_iterations` over the optimizer steps so far, for validations within
     epochs too, and for `evaluate`. In `log_dir` itself: the hyperparameters.
 
-    Every fit writes files of its own beside those that are there; give each run that shall be seen apart a folder of
-    its own. In one that goes on from a state, batches and steps are counted on.
+    Every fit writes files of its own beside those that are there; where both have an epoch, TensorBoard shows the later
+    ones. Runs that are to be compared need folders of their own. In one that goes on from a state, batches and steps
+    are counted on.
 
     Args:
         log_dir: Folder of the run. Default: `"logs"`.
@@ -41,8 +42,8 @@ class TensorBoard(Logger):
             parameters after the epoch, of the gradients at its first step; 0 = none. Default: 0.
         write_graph: Whether to write the graph of the module, which is traced on the first batch: a copy of it, in
             eval mode and without autocast. Where that fails there is a warning, and no graph. Default: `True`.
-        write_images: Whether to write the picture that `history.plot()` draws, at the end. Default: `False`. (Keras
-            writes the weights as images.)
+        write_images: Whether to write the picture that `history.plot()` draws, at the end, where Keras has the weights
+            as images. Default: `False`.
         write_steps_per_second: Whether to write `epoch_steps_per_second`, optimizer steps in the time of the epoch with
             its validation, and `batch_steps_per_second`, batches since the last one written. Default: `False`.
         update_freq: `"epoch"`, `"batch"`, or a number of batches after which to write too; that reads the device.
@@ -189,14 +190,16 @@ class TensorBoard(Logger):
 
     def _write_histograms(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            values = _finite(tensor.detach())
+            values, path = _finite(tensor.detach()), name.removeprefix("_orig_mod.").replace(".", "/")
             if values.numel():
-                self._writer("train").add_histogram(f"{name.replace('.', '/')}/{kind}", values, self._epoch)
+                self._writer("train").add_histogram(f"{path}/{kind}", values, self._epoch)
 
     def _write_picture(self) -> None:
         history = self._history.history
-        drawn = {name.removeprefix("val_"): all(isinstance(one, Real) for one in history[name]) for name in history}
-        names = [name for name, is_number in drawn.items() if is_number]
+        others = {
+            name.removeprefix("val_") for name in history if not all(isinstance(one, Real) for one in history[name])
+        }
+        names = [name for name in dict.fromkeys(name.removeprefix("val_") for name in history) if name not in others]
         if names:
             self._writer("train").add_figure("history", self._history.plot(names), self._history.epoch[-1])
 
@@ -220,7 +223,8 @@ class TensorBoard(Logger):
             with _undisturbed(self.model.backend.device):
                 # Of a copy: nothing that a call changes, from statistics to counters, changes in the module. Its
                 # memory is that of the gradients, which are not there yet.
-                traced, tensors = _as_function_of_tensors(copy.deepcopy(module), inputs, named)
+                plain = getattr(module, "_orig_mod", module)  # the wrapper of torch.compile cannot be traced
+                traced, tensors = _as_function_of_tensors(copy.deepcopy(plain), inputs, named)
                 self._writer("train").add_graph(traced, tensors, use_strict_trace=False)
         except Exception as error:
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

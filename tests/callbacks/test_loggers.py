@@ -409,8 +409,9 @@ def database(tmp_path_factory):
 
 
 @pytest.fixture
-def mlflow(database, monkeypatch, request):
+def mlflow(database, monkeypatch, request, tmp_path):
     """The module, with a database of these tests and an experiment of this one."""
+    monkeypatch.chdir(tmp_path)  # where it makes a folder for artifacts
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")  # before the import
     module = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
