@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
+from numbers import Real
 from typing import Any
 
 
@@ -119,14 +120,18 @@ class History:
         """Draws each name over the epochs, validation beside training; needs matplotlib.
 
         Args:
-            names: What to draw, without `val_`, each in a panel of its own; `None` = everything.
+            names: What to draw, without `val_`, each in a panel of its own; `None` = all that are numbers.
             path: File to save the picture in, `.png`, `.svg` or `.pdf`; `None` = it is not saved.
         Returns:
             The `matplotlib.figure.Figure`.
         Raises:
             ValueError: a name that no epoch has, or no epochs at all.
         """
-        drawn = list(dict.fromkeys(name.removeprefix("val_") for name in self.history)) if names is None else names
+        if names is None:
+            numeric = (name for name, values in self.history.items() if all(isinstance(one, Real) for one in values))
+            drawn = list(dict.fromkeys(name.removeprefix("val_") for name in numeric))
+        else:
+            drawn = names
         unknown = [name for name in drawn if name not in self.history and f"val_{name}" not in self.history]
         if unknown or not drawn:
             raise ValueError(f"there is nothing to plot for {unknown or 'no epochs'}; known are {list(self.history)}.")

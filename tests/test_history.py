@@ -75,3 +75,9 @@ def test_logs_take_new_values():
     logs.update({"loss": 1.0})
     del logs["lr"]
     assert logs.copy() == {"loss": 1.0} and repr(logs) == "{'loss': 1.0}"
+
+
+def test_what_is_no_number_is_not_drawn():
+    history = kt.History()
+    history.record(0, {"loss": 1.0, "confusion": [[1, 0], [0, 1]]})
+    assert [axes.get_title() for axes in history.plot().axes] == ["loss"]
