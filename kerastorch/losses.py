@@ -536,6 +536,7 @@ def place(loss: Loss | SumOfLosses | OwnLoss, device: torch.device, dtype: torch
 
 
 def _one(loss: Any) -> Loss:
+    refuse_kerass("loss", loss)
     if isinstance(loss, str):
         if (known := known_name(loss)) is None:
             _refuse_name(loss)
@@ -553,6 +554,17 @@ def _one(loss: Any) -> Loss:
         f"loss={loss!r} is a {type(loss).__name__}; expected a name, an nn.Module, a callable (output, target), "
         f"or a dict or list of these."
     )
+
+
+def refuse_kerass(what: str, given: Any) -> None:
+    """Objects of Keras take the targets first, and its metrics give means over all batches so far: neither is told."""
+    module = getattr(given, "__module__", None) or ""
+    if module.partition(".")[0] == "keras" or module.partition(".")[0] == "tf_keras":
+        name = getattr(given, "__name__", type(given).__name__)
+        raise TypeError(
+            f"{what} {name} is Keras's own, called with (target, output) and made for Keras's loop. Give the name as a "
+            f"text, such as 'mse', or a function (output, target)."
+        )
 
 
 def known_name(name: str) -> str | None:

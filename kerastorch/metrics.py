@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .losses import FUNCTIONS, VALUES, Loss, SumOfLosses, known_name
+from .losses import FUNCTIONS, VALUES, Loss, SumOfLosses, known_name, refuse_kerass
 from .structures import leaves
 from .targets import Layout, check_values
 
@@ -153,6 +153,7 @@ def _as_list(metrics: Any) -> list:
 
 
 def _one(metric: Any, loss: Loss | None) -> Mean | Stateful:
+    refuse_kerass("metric", metric)
     if isinstance(metric, str):
         return _named(metric, loss)
     if inspect.isclass(metric):

@@ -78,6 +78,6 @@ def test_logs_take_new_values():
 
 
 def test_what_is_no_number_is_not_drawn():
-    history = kt.History()
+    history = History()
     history.record(0, {"loss": 1.0, "confusion": [[1, 0], [0, 1]]})
     assert [axes.get_title() for axes in history.plot().axes] == ["loss"]

@@ -244,8 +244,8 @@ class StochasticWeightAveraging(_Averaging):
 
     Args:
         swa_lrs: Rate that is gone to, or a list of one for each parameter group.
-        swa_epoch_start: First epoch averaged, 0-based; a float from 0 up to but not including 1 is a part of the run's
-            epochs, rounded down. Default: 0.8.
+        swa_epoch_start: First epoch averaged, 0-based (Lightning counts from 1); a float from 0 up to but not including
+            1 is a part of the run's epochs, rounded down. Default: 0.8.
         annealing_epochs: Epochs on the way to `swa_lrs`; 0 = at once. Default: 10.
         annealing_strategy: `"cos"` or `"linear"`, the way. Default: `"cos"`.
     Raises:
