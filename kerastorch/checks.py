@@ -170,9 +170,10 @@ def refuse_unknown_monitors(callbacks: list[Any], names: list[str], is_validated
     """
     known = names + [f"val_{name}" for name in names if is_validated]
     for callback in callbacks:
-        refuse_unknown_monitor(callback, known, is_validated)
+        seen = names if getattr(callback, "reads_batches", False) else known
+        refuse_unknown_monitor(callback, seen, is_validated)
         for name in getattr(callback, "keys_needed", ()):
-            _refuse_unknown_name(f"the files of {type(callback).__name__} are named after", name, known, is_validated)
+            _refuse_unknown_name(f"the files of {type(callback).__name__} are named after", name, seen, is_validated)
         added = getattr(callback, "adds_to_logs", None)
         if added is None and hooks_of([callback]).on_epoch_end:
             return

@@ -48,6 +48,12 @@ class Validation:
     latest: dict[str, Any] = field(default_factory=dict)
     batches_before: int = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"latest": dict(self.latest), "batches_before": self.batches_before}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.latest, self.batches_before = dict(state["latest"]), state["batches_before"]
+
 
 def fit(
     model: Any,
@@ -305,9 +311,9 @@ def announced_errors(hooks: SimpleNamespace) -> Iterator[None]:
 
 def _name_callback(error: BaseException, hooks: SimpleNamespace) -> None:
     """Adds the callback in whose hook an error was raised to its message."""
-    by_code = {hook.__code__: hook for table in vars(hooks).values() for hook in table if hasattr(hook, "__code__")}
+    called = [hook for table in vars(hooks).values() for hook in table if hasattr(hook, "__code__")]
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    hook = next((by_code[frame.f_code] for frame in frames if frame.f_code in by_code), None)
+    hook = next((hook for frame in frames for hook in called if _is_call_of(frame, hook)), None)
     if hook is None or not isinstance(error, Exception):
         return
     note = f"raised in {_owner(hook)}"
@@ -315,6 +321,12 @@ def _name_callback(error: BaseException, hooks: SimpleNamespace) -> None:
         error.args = (" ".join([*error.args, f"({note})"]),)
     elif hasattr(error, "add_note"):  # Python 3.11
         error.add_note(note)
+
+
+def _is_call_of(frame: Any, hook: Callable) -> bool:
+    """Whether it is a call of this very hook: callbacks of several classes may have inherited one code."""
+    code, owner = frame.f_code, getattr(hook, "__self__", None)
+    return code is hook.__code__ and (owner is None or frame.f_locals.get(code.co_varnames[0]) is owner)
 
 
 def _owner(hook: Callable) -> str:

@@ -96,7 +96,7 @@ class Model:
             raise TypeError(f"module is a {type(module).__name__}, expected a torch.nn.Module.")
         self.backend = backends.get(backend)
         self.module = self.backend.place(module)
-        self.history: History | None = None
+        self._history: History | None = None
         self.optimizer: torch.optim.Optimizer | dict[str, torch.optim.Optimizer] | None = None
         self.stop_training = self.stop_epoch = False
         self.epochs_trained = 0
@@ -111,6 +111,17 @@ class Model:
         self._training: Recipe | None = None
         self._dry_run_folder: Path | None = None
         self._resumed_at: dict[str, Any] | None = None
+        self._validating: loop.Validation | None = None
+
+    @property
+    def history(self) -> History | None:
+        """The `History` of the last `fit`, or of the running one; `None` before the first."""
+        return self._history
+
+    @history.setter
+    def history(self, history: Any) -> None:
+        if history is None or isinstance(history, History):  # Keras's would put itself there
+            self._history = history
 
     # Choosing.
 
@@ -347,6 +358,7 @@ class Model:
         hints = preflight.first_batch_hints(training, last_batch)
         with self._leaving_no_trace(dry_run), self._run(training, step, opened), hints:
             validation = validated and self._validation(validated, checked.batches, when, hooks, sanity_steps)
+            self._validating = validation or None
             self._expect(opened, validated)
             self._begin_schedules(training, self._pieces_in(opened, taken.batches), accumulate, bounds)
             self.history, self.stop_training, self._callbacks = History(params), False, callbacks
@@ -1007,6 +1019,8 @@ class Model:
         self.history, self._resumed_at, self._training.steps = history, position, position["steps"]
         for update in self.updates.values():
             update.steps = position["steps"]
+        if self._validating is not None and position["validation"] is not None:
+            self._validating.load_state_dict(position["validation"])
         set_random_state(position["random_at_epoch"])
         return replace(bounds, first_epoch=position["epoch"], first_batch=position["batch"])
 
@@ -1121,6 +1135,9 @@ class Model:
             return
         history, epochs_trained = self.history, self.epochs_trained
         state = copy.deepcopy(state_of(self))
+        optimizers = [update.optimizer for update in self.updates.values()]
+        groups = [[(group, dict(group)) for group in one.param_groups] for one in optimizers]
+        frozen, trained = list(self._frozen), [(one, one.requires_grad) for one in self.module.parameters()]
         with tempfile.TemporaryDirectory() as folder, random_state_kept():
             self._dry_run_folder = Path(folder)
             try:
@@ -1128,8 +1145,15 @@ class Model:
                 self.save(self._dry_run_folder / "checkpoint.pt")
                 self.load(self._dry_run_folder / "checkpoint.pt")
             finally:
-                restore(self, state)
                 self._dry_run_folder = None
+                for optimizer, before in zip(optimizers, groups, strict=True):
+                    for group, settings in before:
+                        group.update(settings)
+                    optimizer.param_groups[:] = [group for group, _ in before]  # without what Unfreeze has split off
+                for parameter, is_trained in trained:
+                    parameter.requires_grad_(is_trained)
+                self._frozen[:] = frozen
+                restore(self, state)
                 self.history, self.epochs_trained = history, epochs_trained
 
     @contextmanager

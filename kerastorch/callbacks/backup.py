@@ -109,6 +109,7 @@ class BackupAndRestore(Callback):
             "epoch": epoch,
             "batch": batch,
             "steps": self.model.steps_taken,
+            "validation": None if self.model._validating is None else self.model._validating.state_dict(),
             # A loader draws the order of an epoch when it begins.
             "random_at_epoch": self._at_epoch,
             "random": random_state() if batch else self._at_epoch,

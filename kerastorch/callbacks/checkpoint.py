@@ -126,6 +126,11 @@ class ModelCheckpoint(Monitoring):
         return tuple(name for name in self._name.names if name not in FileName.COUNTS)
 
     @property
+    def reads_batches(self) -> bool:
+        """Whether it looks into the logs of batches, which lack what callbacks add at the end of an epoch."""
+        return not self._saves_epochs and not self._awaits_validation
+
+    @property
     def best_model_score(self) -> float | None:
         """The value of the file at `best_model_path`; `None` where there is none, or nothing is monitored."""
         return self.best if self.best_model_path and self.monitor is not None else None

@@ -471,7 +471,7 @@ def learning_rates(model: Any, logs: Mapping | None = None) -> dict[str, float]:
     for name, update in model.updates.items():
         key = _named("learning_rate", name)
         rates |= _rates(key, update.optimizer.param_groups)
-        if update.schedule is not None and update.rate_name in (logs or {}):
+        if update.rate_name in (logs or {}):
             rates[key] = float(logs[update.rate_name])
     return rates
 

@@ -101,7 +101,7 @@ class Monitoring(Callback):
         """
         if self.monitor in logs:
             return self._number(logs[self.monitor])
-        if self.monitor.startswith("val_") and not any(name.startswith("val_") for name in logs):
+        if self.monitor.startswith("val_") and "val_loss" not in logs:  # which every validation brings
             return None
         raise ValueError(self._unknown(logs))
 

@@ -163,23 +163,28 @@ class LearningRateScheduler(Callback):
         self.schedule, self.verbose = schedule, is_verbose(verbose)
         self._takes_rate = _takes_rate(schedule)
         self._ratios: dict[str, list[float]] = {}  # of the groups' rates to each other, by the optimizer's name
+        self._epoch: int | None = None  # the running one, whose rates are set
         self._is_loaded = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The ratios of the rates, which the rates themselves no longer tell where the schedule has set them to 0."""
-        return {"ratios": {name: list(ratios) for name, ratios in self._ratios.items()}}
+        """The epoch whose rates are set, and the ratios of the rates, which the rates themselves no longer tell where the schedule has set them to 0."""
+        return {"ratios": {name: list(ratios) for name, ratios in self._ratios.items()}, "epoch": self._epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state: the next run does not start anew."""
         self._ratios, self._is_loaded = {name: list(ratios) for name, ratios in state["ratios"].items()}, True
+        self._epoch = state["epoch"]
 
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
         _refuse_schedules(self.model, type(self).__name__)
         if not self._is_loaded:
-            self._ratios = {}
+            self._ratios, self._epoch = {}, None
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
-        self._is_loaded = False
+        was_set = self._is_loaded and self._epoch == epoch  # in the run that this one goes on from
+        self._is_loaded, self._epoch = False, epoch
+        if was_set:
+            return
         for name, update in _unscheduled(self.model):
             before = _rates(update)
             rate = self._scheduled(epoch, _first(before), name)
@@ -189,6 +194,7 @@ class LearningRateScheduler(Callback):
                 say(f"Epoch {epoch + 1}: LearningRateScheduler setting {_titled(name)} to {rate:g}.")
 
     def on_epoch_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        self._epoch = None
         if logs is not None:
             logs.update(_logged_rates(self.model))
 
