@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -173,7 +174,8 @@ def refuse_unknown_monitors(callbacks: list[Any], names: list[str], is_validated
         seen = names if getattr(callback, "reads_batches", False) else known
         refuse_unknown_monitor(callback, seen, is_validated)
         for name in getattr(callback, "keys_needed", ()):
-            _refuse_unknown_name(f"the files of {type(callback).__name__} are named after", name, seen, is_validated)
+            names_files = f"the files of {type(callback).__name__} are named after"
+            _refuse_unknown_name(names_files, name, seen, is_validated, "epoch", "batch", "step")
         added = getattr(callback, "adds_to_logs", None)
         if added is None and hooks_of([callback]).on_epoch_end:
             return
@@ -187,11 +189,12 @@ def refuse_unknown_monitor(one: Any, known: list[str], is_validated: bool) -> No
         _refuse_unknown_name(f"{type(one).__name__} monitors", monitor, known, is_validated)
 
 
-def _refuse_unknown_name(who: str, name: str, known: list[str], is_validated: bool) -> None:
+def _refuse_unknown_name(who: str, name: str, known: list[str], is_validated: bool, *others: str) -> None:
     if name in known:
         return
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"Did you mean {close[0]!r}?" if close else "Give one of these, or add the metric to compile."
+    close = difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.6)
+    remedy = "Give one of these, add the metric to compile, or put the callback that logs it first."
+    hint = f"Did you mean {close[0]!r}?" if close else remedy
     without = "" if is_validated else " (val_ names need validation_data)"
     raise ValueError(f"{who} {name!r}, but the logs will have {', '.join(known)}{without}. {hint}")
 
@@ -231,4 +234,15 @@ def refuse_lost_weights(callbacks: list[Any]) -> None:
             raise ValueError(
                 f"{kinds[0]} comes after {kinds[1]} and would overwrite the weights that it restores. Give {kinds[0]} "
                 f"first: the best average is restored then."
+            )
+
+
+def refuse_shared_files(callbacks: list[Any]) -> None:
+    """Of two callbacks that write to the same files, one that deletes some would delete those of the other."""
+    paths = [os.path.normpath(one.filepath) if hasattr(one, "filepath") else None for one in callbacks]
+    for index, (path, callback) in enumerate(zip(paths, callbacks, strict=True)):
+        if getattr(callback, "save_top_k", None) is not None and path in paths[:index] + paths[index + 1 :]:
+            raise ValueError(
+                f"two callbacks write to {path!r}, and {type(callback).__name__}(save_top_k=...) deletes files there. "
+                f"Give each names of its own."
             )

@@ -49,12 +49,14 @@ class Data:
         steps: Batches in one pass; `None` where that is not known.
         targets: All the targets where they are in memory, else `None`: lets mistakes be found before training.
         repeats: Whether there is a second pass; `False` for a generator or another one-shot iterator.
+        generators: Random numbers of the user's own that a pass draws from.
     """
 
     batches: Callable[[int], Iterator[Batch]]
     steps: int | None = None
     targets: Any = None
     repeats: bool = True
+    generators: tuple[torch.Generator, ...] = ()
 
     def stream(self, first_pass: int) -> Iterator[Batch]:
         """All batches from pass `first_pass` on, pass after pass, until a pass is empty or the only one is over."""
@@ -312,7 +314,7 @@ def _open_loader(loader: DataLoader, reading: Reading) -> Data:
     if _is_plain(loader) and (seen := _tensors_of(loader.dataset)) is not None:
         return _see_through(loader, *seen, steps, reading)
     read = _reader(reading)
-    return Data(lambda number: map(read, loader), steps)
+    return Data(lambda number: map(read, loader), steps, generators=_generators_of(loader))
 
 
 def _see_through(
@@ -333,7 +335,13 @@ def _see_through(
             yield take_x(rows), take_y and take_y(rows), take_weight and take_weight(rows)
 
     # A subset or a sampler of the user's own leaves some rows out, whose targets may be anything.
-    return Data(batches, steps, targets=parts[1] if subset is None and _has_torchs_sampler(loader) else None)
+    targets = parts[1] if subset is None and _has_torchs_sampler(loader) else None
+    return Data(batches, steps, targets, generators=_generators_of(loader))
+
+
+def _generators_of(loader: DataLoader) -> tuple[torch.Generator, ...]:
+    found = (getattr(one, "generator", None) for one in (loader, loader.sampler, loader.batch_sampler))
+    return tuple({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
 
 def _has_torchs_sampler(loader: DataLoader) -> bool:

@@ -26,6 +26,7 @@ class Limits:
     Attributes:
         first_epoch: Number of its first epoch, 0-based.
         first_batch: Number of the first batch in that epoch, 0-based.
+        batches_before: Batches that an earlier run, with which this one goes on, has trained on.
         epochs: Number of the epoch to end before; `None` = none.
         min_epochs, min_steps: Before these, nobody's `stop_training` ends it.
         max_steps: Optimizer steps.
@@ -39,6 +40,7 @@ class Limits:
     max_steps: float = math.inf
     max_time_s: float = math.inf
     first_batch: int = 0
+    batches_before: int = 0
 
     @property
     def numbers(self) -> Iterable[int]:
@@ -148,7 +150,7 @@ def frequency(freq: Any, batches: int | None) -> Frequency:
     """
     if isinstance(freq, Integral) and not isinstance(freq, bool) and freq >= 1:
         return Frequency(epochs=int(freq))
-    if isinstance(freq, (list, tuple, set, range)) and all(isinstance(epoch, Integral) for epoch in freq):
+    if isinstance(freq, (list, tuple, set, range)) and freq and all(map(is_count, freq)):
         return Frequency(epochs=freq)
     if isinstance(freq, str) and (steps := re.fullmatch(r"\s*0*([1-9]\d*)\s*steps?\s*", freq)):
         return Frequency(epochs=None, batches=int(steps[1]), goes_on=True)
@@ -174,20 +176,21 @@ class Portion:
     batches: int | None
     goes_on: bool = False
 
+    def at_most(self, number: int, of: int | None) -> Portion:
+        """The first so many of each pass, of which there are `of` batches."""
+        return Portion(min(number, self.batches or number, of or number))
 
-def portion(name: str, wanted: Any, batches: int | None, dry_run: int = 0) -> Portion:
+
+def portion(name: str, wanted: Any, batches: int | None) -> Portion:
     """`steps_per_epoch` and its like as a `Portion`.
 
     Args:
         name: Of the argument, for the error.
         wanted: A number of batches; a fraction of those there are, the first of each pass; `None` = all.
         batches: Those there are; `None` = not known.
-        dry_run: At most so many, where it is not 0.
     Raises:
         TypeError, ValueError: `wanted` is neither, or a fraction of nobody knows how much.
     """
-    if dry_run:
-        return Portion(dry_run if batches is None else min(dry_run, batches))
     if wanted is None:
         return Portion(batches)
     if _is_fraction(wanted):
@@ -213,7 +216,8 @@ def refuse_no_amounts(
 
 
 def _refuse_no_amount(name: str, wanted: Any, least: int = 1) -> None:
-    if wanted is None or _is_fraction(wanted) or is_count(wanted, least):
+    is_none = least == 0 and isinstance(wanted, float) and wanted == 0
+    if wanted is None or is_none or _is_fraction(wanted) or is_count(wanted, least):
         return
     kind = TypeError if isinstance(wanted, bool) or not isinstance(wanted, Real) else ValueError
     raise kind(

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,11 +49,12 @@ class Validation:
     latest: dict[str, Any] = field(default_factory=dict)
     batches_before: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"latest": dict(self.latest), "batches_before": self.batches_before}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.latest, self.batches_before = dict(state["latest"]), state["batches_before"]
+    def go_on(self, limits: Limits) -> None:
+        """Takes up what an earlier run had, of which `intervals` has been put back."""
+        self.batches_before = limits.batches_before
+        for last in self.intervals[-1:]:
+            if last["epoch"] == limits.first_epoch:
+                self.latest = {name: value for name, value in last.items() if name.startswith("val_")}
 
 
 def fit(
@@ -89,7 +91,11 @@ def fit(
             hook({})
         if resume is not None:
             limits = resume(limits)
+            if validation is not None:
+                validation.go_on(limits)
         for epoch in limits.numbers:
+            if ending.is_near and ending.is_due():
+                break
             model.stop_epoch, ending.epochs_done = False, epoch
             for hook in hooks.on_epoch_begin:
                 hook(epoch, {})
@@ -102,9 +108,10 @@ def fit(
                     _say_that_data_ended(epoch, history)
                 break
             logs = training.tracker.result() | {name: float(rate) for name, rate in training.rates.items()}
-            if validation is not None and not ending.is_interrupted:
+            if validation is not None:
                 logs |= _validation_logs(training, validation, epoch, ending)
-            move_schedules(training, logs)
+            if steps:
+                move_schedules(training, logs)
             history.record(epoch, logs)
             model.epochs_trained += 1
             for hook in hooks.on_epoch_end:
@@ -164,7 +171,7 @@ def _end_epoch_before(index: int, hooks: SimpleNamespace) -> bool:
     ends = False
     for hook in hooks.on_train_batch_begin:
         returned = hook(index, {})
-        ends |= isinstance(returned, int) and returned == -1
+        ends |= returned is not None and isinstance(returned, Integral) and int(returned) == -1
     return ends
 
 
@@ -177,7 +184,7 @@ def _without_objects(output: Any) -> Any:
 
 def _validation_logs(training: Recipe, validation: Validation, epoch: int, ending: Ending) -> dict[str, Any]:
     """After the last batch of an epoch: what its validation adds to the logs, or the last one within it."""
-    if validation.frequency.is_due_after(epoch):
+    if validation.frequency.is_due_after(epoch) and not ending.is_interrupted:
         return _validated(training, validation, ending)
     latest, validation.latest = validation.latest, {}
     return latest
@@ -188,12 +195,13 @@ def _validate_within(training: Recipe, validation: Validation, epoch: int, index
     frequency = validation.frequency
     if frequency.goes_on:
         validation.batches_before += 1
-    if (validation.batches_before if frequency.goes_on else index + 1) % frequency.batches:
+    if (validation.batches_before if frequency.goes_on else index + 1) % frequency.batches or ending.is_interrupted:
         return
-    validation.latest = _validated(training, validation, ending)
+    values = _validated(training, validation, ending)
     set_modes(training)
     if ending.is_interrupted:
         return
+    validation.latest = values
     logs = training.tracker.logs(training.rates | validation.latest)
     for hook in training.hooks.on_interval_end:
         hook(epoch, logs)
@@ -238,7 +246,10 @@ def evaluate(evaluation: Recipe, batches: Iterable, ending: Ending | None = None
         if ending is not None and ending.is_interrupted:
             break
     if index < 0:
-        raise ValueError("the data to evaluate is empty: it gave no batch, expected at least one.")
+        raise ValueError(
+            "the data to evaluate is empty: it gave no batch, expected at least one. A generator can be gone through "
+            "once: give a list, or a callable that makes a new one."
+        )
     logs = tracker.result()
     for hook in hooks.on_test_end:
         hook(logs)

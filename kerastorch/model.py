@@ -111,7 +111,6 @@ class Model:
         self._training: Recipe | None = None
         self._dry_run_folder: Path | None = None
         self._resumed_at: dict[str, Any] | None = None
-        self._validating: loop.Validation | None = None
 
     @property
     def history(self) -> History | None:
@@ -338,13 +337,16 @@ class Model:
         reading = self._reading(batch_size, shuffle=shuffle and not overfit_batches, class_weight=class_weight)
         held_out = as_pair(validation_data), validation_split, validation_batch_size
         opened, validated = self._open((data, y, sample_weight), reading, held_out, callbacks, overfit_batches)
-        taken = limits.portion("steps_per_epoch", steps_per_epoch, opened.steps, dry_run)
-        when = limits.frequency(1 if dry_run else validation_freq, taken.batches)
+        taken = limits.portion("steps_per_epoch", steps_per_epoch, opened.steps)
+        when = limits.frequency(validation_freq, taken.batches)
         if validation_steps == 0:
             validated = None
         if validated is not None:
-            checked = limits.portion("validation_steps", validation_steps, validated.steps, dry_run)
+            checked = limits.portion("validation_steps", validation_steps, validated.steps)
             checks.refuse_second_pass(validated.repeats, checked.goes_on, when.is_repeated_in(bounds))
+            checked = checked.at_most(dry_run, validated.steps) if dry_run else checked
+        if dry_run:
+            taken, when = taken.at_most(dry_run, opened.steps), limits.Frequency()
 
         params = {"verbose": verbose, "epochs": bounds.epochs, "steps": taken.batches}
         opened = self._with_optimizer(opened)
@@ -356,9 +358,8 @@ class Model:
         split_off = 0.0 if validation_data is not None else validation_split
         last_batch = preflight.last_batch_size(data, batch_size, split_off) if is_whole else None
         hints = preflight.first_batch_hints(training, last_batch)
-        with self._leaving_no_trace(dry_run), self._run(training, step, opened), hints:
+        with self._leaving_no_trace(dry_run, opened.generators), self._run(training, step, opened), hints:
             validation = validated and self._validation(validated, checked.batches, when, hooks, sanity_steps)
-            self._validating = validation or None
             self._expect(opened, validated)
             self._begin_schedules(training, self._pieces_in(opened, taken.batches), accumulate, bounds)
             self.history, self.stop_training, self._callbacks = History(params), False, callbacks
@@ -693,7 +694,10 @@ class Model:
     def path_for(self, path: str | os.PathLike) -> Path:
         """Where a callback shall write a file: `path` itself, or in a dry run a place that is gone afterwards."""
         path = Path(path)
-        return path if self._dry_run_folder is None else self._dry_run_folder / path.relative_to(path.anchor)
+        if self._dry_run_folder is None:
+            return path
+        path = Path(os.path.abspath(path))  # without "..", which would lead out of the folder
+        return self._dry_run_folder / path.relative_to(path.anchor)
 
     @property
     def gradient_norm(self) -> Tensor | dict[str, Tensor] | None:
@@ -990,14 +994,17 @@ class Model:
         stream = opened.stream(self.epochs_trained)
 
         def batches() -> Iterator:
+            nonlocal stream
             found = stream if taken.goes_on else opened.batches(self.epochs_trained)
             position, self._resumed_at = self._resumed_at, None
             if position is None:
                 return self._batches(islice(found, taken.batches))
-            before = taken.batches * (position["epoch"] - first_epoch) if taken.goes_on else 0
-            for _ in islice(found, before + position["batch"]):
+            if taken.goes_on:  # from the pass that the run began with: a run before in this process may have gone on
+                found = stream = opened.stream(self.epochs_trained - position["epoch"] + first_epoch)
+            for _ in islice(found, position["batches"] if taken.goes_on else position["batch"]):
                 pass  # trained on before the backup
-            set_random_state(position["random"])
+            if position["batch"]:  # else these are the numbers of before the epoch, of which a loader has drawn some
+                set_random_state(position["random"])
             return self._batches(islice(found, taken.batches and taken.batches - position["batch"]))
 
         return batches
@@ -1019,10 +1026,9 @@ class Model:
         self.history, self._resumed_at, self._training.steps = history, position, position["steps"]
         for update in self.updates.values():
             update.steps = position["steps"]
-        if self._validating is not None and position["validation"] is not None:
-            self._validating.load_state_dict(position["validation"])
         set_random_state(position["random_at_epoch"])
-        return replace(bounds, first_epoch=position["epoch"], first_batch=position["batch"])
+        at = {"first_epoch": position["epoch"], "first_batch": position["batch"]}
+        return replace(bounds, **at, batches_before=position["batches"])
 
     def _batches(self, batches: Iterable, is_evaluated: bool = False) -> Iterator:
         fed = self.backend.feed(batches)
@@ -1038,9 +1044,9 @@ class Model:
         if sanity_steps:
             tried, number = (
                 self._recipe(self._evaluation_tracker, NO_HOOKS),
-                None if sanity_steps == -1 else sanity_steps,
+                steps if sanity_steps == -1 else min(sanity_steps, steps or sanity_steps),
             )
-            with random_state_kept():
+            with random_state_kept(validated.generators):
                 batches, validated = first_batches(validated, number)
                 self._validate(tried, Data(lambda number: iter(batches)), None)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
@@ -1072,6 +1078,7 @@ class Model:
         """Callbacks and a validation that this model cannot have."""
         checks.refuse_two_averages(callbacks)
         checks.refuse_lost_weights(callbacks)
+        checks.refuse_shared_files(callbacks)
         if is_validated and self._overrides("train_step") and not self._overrides("compute_loss"):
             checks.refuse_no_forward(self.module)
         if self._overrides("train_step") or self._overrides("compute_loss") or self._compiled.has_own_loss:
@@ -1128,33 +1135,37 @@ class Model:
             parameter.grad = gradient
 
     @contextmanager
-    def _leaving_no_trace(self, dry_run: bool | int) -> Iterator[None]:
+    def _leaving_no_trace(self, dry_run: bool | int, generators: Iterable[torch.Generator]) -> Iterator[None]:
         """In a dry run callbacks write into a folder that is gone afterwards, and the model is then as it was."""
         if not dry_run:
             yield
             return
-        history, epochs_trained = self.history, self.epochs_trained
-        state = copy.deepcopy(state_of(self))
+        history, epochs_trained, stop_training = self.history, self.epochs_trained, self.stop_training
+        state, callbacks, training = copy.deepcopy(state_of(self)), self._callbacks, self._training
+        frozen, trained = list(self._frozen), [(one, one.requires_grad) for one in self.module.parameters()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]  # those that no file has, too
         optimizers = [update.optimizer for update in self.updates.values()]
         groups = [[(group, dict(group)) for group in one.param_groups] for one in optimizers]
-        frozen, trained = list(self._frozen), [(one, one.requires_grad) for one in self.module.parameters()]
-        with tempfile.TemporaryDirectory() as folder, random_state_kept():
+        with tempfile.TemporaryDirectory() as folder, random_state_kept(generators):
             self._dry_run_folder = Path(folder)
             try:
                 yield
                 self.save(self._dry_run_folder / "checkpoint.pt")
                 self.load(self._dry_run_folder / "checkpoint.pt")
             finally:
-                self._dry_run_folder = None
+                self._dry_run_folder = None  # first: else later runs would write there
                 for optimizer, before in zip(optimizers, groups, strict=True):
                     for group, settings in before:
                         group.update(settings)
                     optimizer.param_groups[:] = [group for group, _ in before]  # without what Unfreeze has split off
                 for parameter, is_trained in trained:
                     parameter.requires_grad_(is_trained)
-                self._frozen[:] = frozen
+                with torch.no_grad():
+                    for buffer, before in buffers:
+                        buffer.copy_(before)
+                self._frozen[:], self._callbacks, self._training = frozen, callbacks, training
                 restore(self, state)
-                self.history, self.epochs_trained = history, epochs_trained
+                self.history, self.epochs_trained, self.stop_training = history, epochs_trained, stop_training
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

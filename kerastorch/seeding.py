@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,13 +93,19 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
-    """The random numbers of Python, numpy and torch, on every device, are afterwards what they were before."""
-    before = random_state()
+def random_state_kept(generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
+    """The random numbers of Python, numpy and torch, on every device, are afterwards what they were before.
+
+    Args:
+        generators: Of these, too. Default: none.
+    """
+    before, own = random_state(), [(one, one.get_state()) for one in generators]
     try:
         yield
     finally:
         set_random_state(before)
+        for generator, state in own:
+            generator.set_state(state)
 
 
 def epoch_order(samples: int, epoch: int) -> torch.Tensor:

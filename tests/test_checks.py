@@ -45,7 +45,14 @@ class Adds(kt.Callback):
         ([ReduceLROnPlateau("loss"), EarlyStopping("rl")], {}, "the logs will have loss, mae, lr"),
         ([ModelCheckpoint("{epoch}-{val_f1:.2f}.pt")], {"validation_split": 0.2}, "named after 'val_f1'"),
         ([ModelCheckpoint("{epoch}.pt", "val_loss", save_best_only=True)], {}, "monitors 'val_loss'"),
-        ([EarlyStopping("mine"), Adds()], {}, "monitors 'mine'"),
+        ([EarlyStopping("mine"), Adds()], {}, "monitors 'mine'.*put the callback that logs it first"),
+        ([ModelCheckpoint("{epohc}.pt")], {}, "named after 'epohc'.*Did you mean 'epoch'"),
+        ([GradNorm(), ModelCheckpoint("a.pt", "grad_norm", save_best_only=True, save_freq=5)], {}, "'grad_norm'"),
+        (
+            [ModelCheckpoint("{epoch}.pt", "loss", save_top_k=1), ModelCheckpoint("./{epoch}.pt", "mae", save_top_k=1)],
+            {},
+            "two callbacks write to '{epoch}.pt'",
+        ),
     ],
 )
 def test_a_name_that_no_log_will_have_is_refused_with_the_nearest(tmp_path, monkeypatch, callbacks, options, text):

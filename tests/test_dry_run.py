@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import kerastorch as kt
-from kerastorch.callbacks import EMA, BackupAndRestore, EarlyStopping, ModelCheckpoint
+from kerastorch.callbacks import EMA, BackupAndRestore, CSVLogger, EarlyStopping, ModelCheckpoint, Unfreeze
 from kerastorch.callbacks.base import HOOKS
 from tests import reference
 
@@ -40,7 +41,7 @@ def recorder():
 @pytest.mark.parametrize(("dry_run", "batches"), [(True, 1), (1, 1), (3, 3), (99, 10)])
 def test_so_many_batches_are_trained_and_validated_in_one_epoch(dry_run, batches):
     callback, calls = recorder()
-    history = fit(compiled(), callback, dry_run=dry_run, validation_batch_size=4, steps_per_epoch=5, validation_freq=2)
+    history = fit(compiled(), callback, dry_run=dry_run, validation_batch_size=4, validation_freq=2)
     assert calls.count("on_train_batch_begin") == calls.count("on_test_batch_begin") == batches
     assert history.epoch == [0] and {"loss", "mae", "val_loss", "val_mae", "lr"} == set(history.history)
     expected = {name for name in HOOKS if not name.startswith(("on_predict", "on_batch"))}
@@ -163,3 +164,56 @@ def test_several_optimizers_and_lazy_modules_are_tried():
     lazy = kt.Model(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1)), backend="cpu").compile("adam", "mse")
     fit(lazy, dry_run=True)
     assert len(fit(lazy).epoch) == 3
+
+
+def test_what_callbacks_unfreeze_and_split_is_undone():
+    model = compiled(schedule=None).freeze("0")
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    for callback in (Unfreeze(0, "0", lr=0.01), Unfreeze(0, "0")):
+        fit(model, callback, dry_run=2)
+        assert not model.module[0].weight.requires_grad and model.module[3].weight.requires_grad
+        assert [len(group["params"]) for group in model.optimizer.param_groups] == [6]
+        assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+        assert not model.is_dry_run
+
+
+def test_what_stands_beside_the_state_of_files_is_undone_too():
+    model = compiled()
+    model.module.register_buffer("calls", torch.zeros(1), persistent=False)
+    model.module.register_forward_pre_hook(lambda module, inputs: module.calls.add_(1) and None)
+    fit(model, EMA(0.9), epochs=1)
+    steps, calls, stopping = model.steps_taken, model.module.calls.clone(), model.stop_training
+    fit(model, EarlyStopping("loss", stopping_threshold=9.0), dry_run=1)
+    assert (model.steps_taken, model.stop_training) == (steps, stopping) and model.module.calls.equal(calls)
+    assert [type(one).__name__ for one in model._callbacks] == ["EMA"]
+
+
+def test_paths_that_lead_upwards_do_not_lead_out_of_it(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "log.csv").write_text("precious")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    callbacks = [CSVLogger("../runs/log.csv"), ModelCheckpoint("../leak/{epoch}.pt")]
+    fit(compiled(), callbacks, dry_run=True)
+    assert (tmp_path / "runs" / "log.csv").read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == ["runs", "work"]
+
+
+@pytest.mark.parametrize("options", [{"validation_freq": "banana"}, {"validation_freq": [0]}, {"steps_per_epoch": 2.5}])
+def test_it_refuses_what_the_run_would_refuse(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        fit(compiled(), dry_run=True, **options)
+
+
+def drawn_by(loaded, **options):
+    """Where the generator of a shuffling loader is after a `fit`."""
+    drawn = torch.Generator().manual_seed(3)
+    loader = DataLoader(TensorDataset(X, Y), 4, shuffle=True, generator=drawn)
+    data = (loader,) if loaded == "training" else (X, Y)
+    compiled().fit(*data, validation_data=loader if loaded == "validation" else (X, Y), verbose=0, **options)
+    return drawn.get_state()
+
+
+def test_generators_of_loaders_are_put_back():
+    assert torch.equal(drawn_by("training", dry_run=True), torch.Generator().manual_seed(3).get_state())
+    assert torch.equal(drawn_by("validation", sanity_steps=2), drawn_by("validation"))

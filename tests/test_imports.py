@@ -85,7 +85,8 @@ BELOW = {
     "callbacks.averaging": {"callbacks.base", "callbacks.rates"},
     "callbacks.backup": {"callbacks.base", "callbacks.files", "checkpoint", "seeding"},
     "callbacks.checkpoint": {
-        "callbacks.filenames", "callbacks.files", "callbacks.monitoring", "checkpoint", "durations", "state",
+        "callbacks.filenames", "callbacks.files", "callbacks.messages", "callbacks.monitoring", "checkpoint",
+        "durations", "state",
     },
     "callbacks.functions": {"callbacks.base"},
     "callbacks.loggers": {"callbacks.base", "callbacks.files"},

@@ -424,6 +424,41 @@ def test_sanity_steps_give_a_generator_its_batches_back():
     assert losses[0] == losses[1]
 
 
+def test_all_sanity_steps_are_no_more_than_a_validation_takes():
+    drawn = []
+
+    def batches():
+        for start in itertools.cycle(range(0, 40, 4)):
+            drawn.append(start)
+            yield X[start : start + 4], Y[start : start + 4]
+
+    run(validation_data=batches, validation_steps=2, sanity_steps=-1)
+    assert len(drawn) <= 6
+
+
+@pytest.mark.parametrize("ends", ["stop_epoch", -1])
+def test_an_epoch_that_ends_before_its_first_batch_is_judged_by_nobody(tmp_path, ends):
+    def end(index, logs=None):
+        if ends == -1:
+            return -1 if skip.epoch == 1 else None
+
+    def begin(epoch, logs=None):
+        skip.epoch = epoch
+        skip.model.stop_epoch = ends == "stop_epoch" and epoch == 1
+
+    skip = kt.Callback()
+    skip.on_train_batch_begin, skip.on_epoch_begin = end, begin
+    callbacks = [
+        skip,
+        kt.callbacks.EarlyStopping("loss", patience=9),
+        kt.callbacks.ReduceLROnPlateau("loss"),
+        kt.callbacks.ModelCheckpoint(tmp_path / "{epoch}-{loss:.2f}.pt"),
+    ]
+    history = model_of().fit(X, Y, epochs=3, callbacks=callbacks, verbose=0)
+    assert history.epoch == [0, 1, 2] and len(history.history["loss"]) == 2
+    assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["1", "3"]
+
+
 # Less data.
 
 
@@ -529,6 +564,8 @@ MISTAKES = {
     "freq negative": ({"validation_freq": -0.5}, ValueError, "validation_freq=-0.5"),
     "freq above one": ({"validation_freq": 1.5}, ValueError, "validation_freq=1.5"),
     "freq bool": ({"validation_freq": True}, ValueError, "validation_freq=True"),
+    "freq of no epoch": ({"validation_freq": [0]}, ValueError, r"validation_freq=\[0\]"),
+    "freq of no epochs": ({"validation_freq": []}, ValueError, r"validation_freq=\[\]"),
     "freq no steps": ({"validation_freq": "0 steps"}, ValueError, "validation_freq='0 steps'"),
     "freq text": ({"validation_freq": "often"}, ValueError, '"100 steps"'),
     "steps above one": ({"steps_per_epoch": 1.5}, ValueError, "steps_per_epoch=1.5 is no number of batches"),

@@ -159,6 +159,41 @@ def test_an_error_of_a_callback_says_whose_it_is_and_all_others_hear_of_it(error
     assert after[-1] == ("on_exception",) and ("on_epoch_end", 0) not in after
 
 
+def test_of_two_callbacks_with_one_inherited_hook_the_right_one_is_named():
+    class Base(kt.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.act()
+
+    class Failing(Base):
+        def act(self):
+            raise ArithmeticError("mine")
+
+    class Fine(Base):
+        def act(self):
+            pass
+
+    x, y = torch.rand(4, 3), torch.rand(4, 1)
+    for callbacks in ([Failing(), Fine()], [Fine(), Failing()]):
+        with pytest.raises(ArithmeticError, match=r"mine \(raised in Failing.on_epoch_end\)"):
+            kt.Model(nn.Linear(3, 1)).compile("sgd", "mse").fit(x, y, callbacks=callbacks, verbose=0)
+
+
+def test_ctrl_c_before_the_first_epoch_opens_none():
+    callback, calls = recorder(on_train_begin=lambda self, logs: os.kill(os.getpid(), signal.SIGINT))
+    _, history = run(callback)
+    assert calls == [("on_train_begin",), ("on_train_end",)] and history.stopped_by == "interrupt"
+
+
+def test_ctrl_c_keeps_a_validation_within_the_epoch_that_was_over():
+    def interrupt(self, index, logs):
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    callback, _ = recorder(on_train_batch_begin=interrupt)
+    _, history = run(callback, validation_data=(torch.rand(4, 3), torch.rand(4, 1)), validation_freq=0.5)
+    assert len(history.intervals) == 1 and history.history["val_loss"] == [history.intervals[0]["val_loss"]]
+
+
 def test_an_error_with_more_than_a_message_keeps_its_arguments():
     class Failing(kt.Callback):
         def on_train_begin(self, logs=None):

@@ -31,8 +31,8 @@ class BackupAndRestore(Callback):
             gradients are gathered. Default: `"epoch"`.
         double_checkpoint: Whether the backup before is kept too, to go on from where the newest is damaged. Default:
             `False`.
-        delete_checkpoint: Whether a run that comes to its end removes the backup; one ended by Ctrl-C keeps it.
-            Default: `True`.
+        delete_checkpoint: Whether a run that comes to its end removes the backup; one ended by Ctrl-C or `max_time`
+            keeps it. Default: `True`.
     Raises:
         ValueError: a folder without a name, or a `save_freq` that is neither. In `fit`: a backup of another model, or
             one that is damaged.
@@ -60,6 +60,7 @@ class BackupAndRestore(Callback):
         self.backup_dir = Path(backup_dir)
         self.save_freq, self.double_checkpoint, self.delete_checkpoint = save_freq, double_checkpoint, delete_checkpoint
         self._position: dict[str, Any] = {}
+        self._is_loaded = False
 
     def restored(self) -> dict[str, Any] | None:
         """The state to go on from; `None` = there is no backup."""
@@ -84,6 +85,8 @@ class BackupAndRestore(Callback):
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
         make_folder(self._newest.parent, "BackupAndRestore")
         self._batches, self._is_begun = 0, False
+        self._taken = self._position["batches"] if self._is_loaded else 0
+        self._is_loaded = False
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
         self._at_epoch = random_state()
@@ -92,15 +95,14 @@ class BackupAndRestore(Callback):
         self._epoch, self._is_begun = epoch, True
 
     def on_train_batch_begin(self, batch: int, logs: MutableMapping | None = None) -> None:
-        if self.save_freq == "epoch":
-            return
-        if self._batches >= self.save_freq and not self.model.is_gathering:
+        if self.save_freq != "epoch" and self._batches >= self.save_freq and not self.model.is_gathering:
             self._save(self._epoch, batch)
             self._batches = 0
         self._batches += 1
+        self._taken += 1
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
-        if self.delete_checkpoint and self.model.history.stopped_by != "interrupt":
+        if self.delete_checkpoint and self.model.history.stopped_by not in ("interrupt", "max_time"):
             for path in (self._newest, self._previous):
                 path.unlink(missing_ok=True)
 
@@ -109,7 +111,7 @@ class BackupAndRestore(Callback):
             "epoch": epoch,
             "batch": batch,
             "steps": self.model.steps_taken,
-            "validation": None if self.model._validating is None else self.model._validating.state_dict(),
+            "batches": self._taken,
             # A loader draws the order of an epoch when it begins.
             "random_at_epoch": self._at_epoch,
             "random": random_state() if batch else self._at_epoch,
@@ -123,4 +125,4 @@ class BackupAndRestore(Callback):
         return self._position
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._position = dict(state)
+        self._position, self._is_loaded = dict(state), True

@@ -20,6 +20,7 @@ from ..durations import seconds
 from ..state import refuse_unsavable
 from .filenames import FileName
 from .files import make_folder
+from .messages import is_verbose, say
 from .monitoring import Monitoring
 
 
@@ -98,7 +99,7 @@ class ModelCheckpoint(Monitoring):
         if not isinstance(filepath, (str, Path)):
             raise TypeError(f"filepath={filepath!r} is a {type(filepath).__name__}, expected a path such as 'run.pt'.")
         self.monitor: str | None = self.monitor if has_best else None
-        self.filepath, self.verbose, self.save_freq = str(filepath), verbose, save_freq
+        self.filepath, self.verbose, self.save_freq = str(filepath), is_verbose(verbose), save_freq
         self.save_best_only, self.save_top_k, self.save_weights_only = save_best_only, save_top_k, save_weights_only
         self.initial_value_threshold, self.save_last, self.saves_errors = (
             initial_value_threshold,
@@ -169,6 +170,8 @@ class ModelCheckpoint(Monitoring):
             self._newest = ""
 
     def on_epoch_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        if not self.model.samples_seen:  # it ended before its first batch
+            return
         if self.monitor is None and self._saves_epochs:
             self._save(epoch, logs)
         elif self._awaits_validation or (self.monitor is not None and self._saves_epochs):
@@ -184,7 +187,7 @@ class ModelCheckpoint(Monitoring):
         if self._is_among_best(value):
             self._save(epoch, logs, value)
         elif self.verbose:
-            _say(f"Epoch {epoch + 1}: {self.monitor} = {value:.5f} is not among the best, down to {self._bound():.5f}")
+            say(f"Epoch {epoch + 1}: {self.monitor} = {value:.5f} is not among the best, down to {self._bound():.5f}")
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
         if self._steps_of_last != self.model.steps_taken:
@@ -267,7 +270,7 @@ class ModelCheckpoint(Monitoring):
         self._newest = path
         if self.verbose:
             what = "" if value is None else f"{self.monitor} = {value:.5f}, the best is {self.best:.5f}, "
-            _say(f"Epoch {epoch + 1}: {what}saved {path}")
+            say(f"Epoch {epoch + 1}: {what}saved {path}")
         if loser is not None and loser != path:
             self._delete(loser)
 
@@ -420,9 +423,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # not every file system has links
         shutil.copyfile(source, target)
-
-
-def _say(line: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(line)  # above a live line

@@ -64,6 +64,12 @@ class Monitoring(Callback):
             raise ValueError(f"min_delta={min_delta!r} is no size of a change. Give a number from 0 up.")
         self.monitor, self.mode = monitor, ("max" if direction(monitor) > 0 else "min") if mode == "auto" else mode
         self.min_delta = float(min_delta)
+        if mode == "auto" and not direction(monitor):
+            warnings.warn(
+                f"monitor={monitor!r} does not tell which way is better: lower is taken to be. Give mode='min' or "
+                f"mode='max'.",
+                stacklevel=3,
+            )
         self._judged_epoch: int | None = None  # the epoch that was judged within, and is not at its end
         self._has_judged = self._is_loaded = False
 
@@ -101,6 +107,8 @@ class Monitoring(Callback):
         """
         if self.monitor in logs:
             return self._number(logs[self.monitor])
+        if self.model is not None and not self.model.samples_seen:  # an epoch that ended before its first batch
+            return None
         if self.monitor.startswith("val_") and "val_loss" not in logs:  # which every validation brings
             return None
         raise ValueError(self._unknown(logs))
@@ -133,10 +141,10 @@ class Monitoring(Callback):
             self._judge(epoch, {} if logs is None else logs)
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
-        if not self._has_judged:
+        if not self._has_judged and getattr(getattr(self.model, "history", None), "stopped_by", None) != "interrupt":
             warnings.warn(
                 f"{type(self).__name__} monitors {self.monitor!r}, but the run ended without a validation: it judged "
-                f"nothing. Give fit validation_data, or monitor 'loss'.",
+                f"nothing. Give fit validation_data and a validation_freq that comes in time, or monitor 'loss'.",
                 stacklevel=4,
             )
 

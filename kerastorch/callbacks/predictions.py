@@ -50,6 +50,8 @@ class Predictions(Callback):
     def __init__(self, path: str | os.PathLike, *, in_memory: bool = True) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"path={path!r} is a {type(path).__name__}, expected a file or folder to write to.")
+        if not str(path):
+            raise ValueError("path is empty. Give a file that ends in .npy, or a folder.")
         self.path, self.takes_outputs = path, not in_memory
         self._files: dict[str, _GrowingFile] = {}
 

@@ -63,8 +63,8 @@ class ProgressBar(Callback):
     adds_to_logs = ()
 
     def __init__(self, refresh_s: float = 0.1, *, verbose: int | str = "auto", stream: TextIO | None = None) -> None:
-        if not refresh_s >= 0:
-            raise ValueError(f"refresh_s={refresh_s} is no time. Give seconds from 0 up, e.g. 0.1.")
+        if isinstance(refresh_s, bool) or not isinstance(refresh_s, numbers.Real) or not 0 <= refresh_s < math.inf:
+            raise ValueError(f"refresh_s={refresh_s!r} is no time. Give seconds from 0 up, e.g. 0.1.")
         self.refresh_s, self.verbose, self.stream = refresh_s, _checked(verbose), stream
         self._is_live = self._is_fitting = False
         self._bar: Any = None

@@ -167,13 +167,13 @@ class LearningRateScheduler(Callback):
         self._is_loaded = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch whose rates are set, and the ratios of the rates, which the rates themselves no longer tell where the schedule has set them to 0."""
+        """The epoch whose rates are set, and the ratios of the rates, which those do not tell where they are 0."""
         return {"ratios": {name: list(ratios) for name, ratios in self._ratios.items()}, "epoch": self._epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state: the next run does not start anew."""
         self._ratios, self._is_loaded = {name: list(ratios) for name, ratios in state["ratios"].items()}, True
-        self._epoch = state["epoch"]
+        self._epoch = state.get("epoch")
 
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
         _refuse_schedules(self.model, type(self).__name__)

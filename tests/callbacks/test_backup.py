@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import kerastorch as kt
-from kerastorch.callbacks import EMA, BackupAndRestore, EarlyStopping, ReduceLROnPlateau, Unfreeze
+from kerastorch.callbacks import (
+    EMA,
+    BackupAndRestore,
+    EarlyStopping,
+    LearningRateScheduler,
+    ReduceLROnPlateau,
+    Unfreeze,
+)
 from tests import reference
 
 X = torch.rand(44, 3, generator=torch.Generator().manual_seed(0))
@@ -47,7 +56,7 @@ def run(*callbacks, data="arrays", schedule="cosine", **options):
         "dataset": ((TensorDataset(X, Y),), {"batch_size": BATCH}),
         "loader": ((DataLoader(TensorDataset(X, Y), BATCH, shuffle=True),), {}),
     }
-    given, extra = sources[data]
+    given, extra = ((data(),), {}) if callable(data) else sources[data]
     stopping = EarlyStopping("val_loss", patience=50, restore_best_weights=True)
     options = {"epochs": EPOCHS, "accumulate": 2, "validation_data": (X, Y), "verbose": 0} | extra | options
     model.fit(*given, callbacks=[EMA(0.9), *callbacks, stopping], **options)
@@ -87,6 +96,87 @@ def test_steps_per_epoch_go_on_where_they_were(tmp_path, save_freq):
     whole, _ = run(steps_per_epoch=7)
     model, _ = died_and_started_again(tmp_path, 16, save_freq=save_freq, steps_per_epoch=7)
     assert reference.same_weights(model.module, whole.module)
+
+
+class Rows(Dataset):
+    """Of no type that is seen through: its loader draws when an iterator of it is made."""
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        return X[index], Y[index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("save_freq", ["epoch", 3])
+def test_any_loader_that_shuffles_goes_on_in_its_order(tmp_path, save_freq, workers):
+    def loader():
+        return DataLoader(Rows(), BATCH, shuffle=True, num_workers=workers)
+
+    whole, _ = run(data=loader)
+    model, _ = died_and_started_again(tmp_path, 26, save_freq=save_freq, data=loader)
+    assert reference.same_weights(model.module, whole.module)
+
+
+@pytest.mark.parametrize("save_freq", ["epoch", 1])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_rate_is_not_changed_twice_by_a_scheduler_that_looks_at_it(tmp_path, save_freq, is_first):
+    def run_once(*callbacks):
+        kt.set_seed(0)
+        halving = LearningRateScheduler(lambda epoch, lr: lr / 2)
+        backup = BackupAndRestore(tmp_path, save_freq)
+        pair = [halving, backup] if is_first else [backup, halving]
+        model = kt.Model(nn.Linear(3, 1), backend="cpu").compile("sgd", "mse", lr=0.8)
+        return model.fit(X, Y, batch_size=BATCH, epochs=4, callbacks=[*pair, *callbacks], verbose=0)
+
+    with pytest.raises(Killed):
+        run_once(Die(25))
+    assert run_once().history["lr"] == pytest.approx([0.4, 0.2, 0.1, 0.05])
+
+
+@pytest.mark.parametrize("freq", ["7 steps", 0.4])
+@pytest.mark.parametrize("save_freq", ["epoch", 1])
+def test_validations_within_epochs_come_when_they_would_have(tmp_path, save_freq, freq):
+    whole, _ = run(validation_freq=freq)
+    model, _ = died_and_started_again(tmp_path, 31, save_freq=save_freq, validation_freq=freq, accumulate=1)
+    at = [[(one["epoch"], one["batch"]) for one in history.intervals] for history in (whole.history, model.history)]
+    assert at[0] == at[1]
+    assert len(model.history.history["val_loss"]) == len(whole.history.history["val_loss"])
+
+
+def test_the_same_process_can_go_on_with_data_that_goes_on(tmp_path):
+    whole, _ = run(steps_per_epoch=7)
+    kt.set_seed(1)
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+    options = {"lr": 0.01, "schedule": "cosine", "metrics": ["mae"]}
+    model = kt.Model(net, backend="cpu").compile("adamw", "mse", **options)
+    options = {"batch_size": BATCH, "epochs": EPOCHS, "accumulate": 2, "validation_data": (X, Y), "verbose": 0}
+    stopping = {"patience": 50, "restore_best_weights": True}
+    for die in ([Die(16)], []):
+        callbacks = [EMA(0.9), BackupAndRestore(tmp_path), *die, EarlyStopping("val_loss", **stopping)]
+        with pytest.raises(Killed) if die else contextlib.nullcontext():
+            model.fit(X, Y, callbacks=callbacks, steps_per_epoch=7, **options)
+    assert reference.same_weights(model.module, whole.module)
+
+
+def test_keras_s_history_beside_it_is_no_trouble(tmp_path):
+    class Theirs:
+        def set_model(self, model):
+            self.model = model
+
+        def on_train_begin(self, logs=None):
+            self.model.history = self
+
+    model, _ = run(Theirs(), BackupAndRestore(tmp_path))
+    assert model.history.epoch == [0, 1, 2, 3] and os.listdir(tmp_path) == []
+
+
+def test_a_run_whose_time_is_over_keeps_its_backup(tmp_path):
+    slow = kt.Callback()
+    slow.on_train_batch_end = lambda batch, logs=None: time.sleep(0.02)
+    run(BackupAndRestore(tmp_path, 2), slow, max_time=0.1)
+    assert os.listdir(tmp_path) == ["backup.pt"]
 
 
 def test_a_run_can_die_again_and_again(tmp_path):
