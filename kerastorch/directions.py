@@ -13,7 +13,7 @@ HIGHER_IS_BETTER = re.compile(
 )
 # Whatever else the name says: `accuracy_loss`.
 LOWER_IS_BETTER = re.compile(
-    r"(?:^|_)(?:loss|error|err|mse|mae|rmse|mape|msle|cross_?entropy|perplexity|divergence)(?=_|\d|$)"
+    r"(?:^|_)(?:loss|error|err|mse|mae|rmse|mape|msle|cross_?entropy|perplexity|divergence|hinge|poisson|log_?cosh)(?=_|\d|$)"
 )
 
 

@@ -107,7 +107,7 @@ class Monitoring(Callback):
         """
         if self.monitor in logs:
             return self._number(logs[self.monitor])
-        if self.model is not None and not self.model.samples_seen:  # an epoch that ended before its first batch
+        if getattr(self.model, "samples_seen", None) == 0:  # an epoch that ended before its first batch
             return None
         if self.monitor.startswith("val_") and "val_loss" not in logs:  # which every validation brings
             return None
