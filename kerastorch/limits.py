@@ -178,7 +178,7 @@ class Portion:
 
     def at_most(self, number: int, of: int | None) -> Portion:
         """The first so many of each pass, of which there are `of` batches."""
-        return Portion(min(number, self.batches or number, of or number))
+        return Portion(min(int(number), self.batches or number, of or number))
 
 
 def portion(name: str, wanted: Any, batches: int | None) -> Portion:

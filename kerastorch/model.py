@@ -364,7 +364,7 @@ class Model:
             self._begin_schedules(training, self._pieces_in(opened, taken.batches), accumulate, bounds)
             self.history, self.stop_training, self._callbacks = History(params), False, callbacks
             self.epochs_trained, backup = max(self.epochs_trained, initial_epoch), self._backup_of(callbacks)
-            history = loop.fit(
+            return loop.fit(
                 self,
                 training,
                 self._epochs(opened, taken, initial_epoch),
@@ -375,8 +375,6 @@ class Model:
                 step=step,
                 resume=partial(self._resume, backup) if backup else None,
             )
-            self.history = history  # again: Keras's History puts itself there
-        return history
 
     def train_on_batch(
         self,

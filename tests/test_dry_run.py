@@ -43,6 +43,7 @@ def test_so_many_batches_are_trained_and_validated_in_one_epoch(dry_run, batches
     callback, calls = recorder()
     history = fit(compiled(), callback, dry_run=dry_run, validation_batch_size=4, validation_freq=2)
     assert calls.count("on_train_batch_begin") == calls.count("on_test_batch_begin") == batches
+    assert type(history.params["steps"]) is int and history.params["steps"] == batches
     assert history.epoch == [0] and {"loss", "mae", "val_loss", "val_mae", "lr"} == set(history.history)
     expected = {name for name in HOOKS if not name.startswith(("on_predict", "on_batch"))}
     assert set(calls) == expected - {"on_exception", "on_interval_end"}
