@@ -558,7 +558,7 @@ def test_large_regression_targets_are_noted(x) -> None:
 
 
 def test_nan_and_infinity_are_found_with_their_columns(x, y) -> None:
-    frame = pd.DataFrame(x.numpy(), columns=list("abcdef"))
+    frame = pd.DataFrame(x.numpy().copy(), columns=list("abcdef"))
     frame.loc[7, "d"] = np.nan
     findings = check(mlp(), frame, y)
     the_only(findings, "error", "data-not-finite", where="x", found="column 'd'", remedy="Fill or drop")
