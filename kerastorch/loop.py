@@ -316,18 +316,18 @@ def announced_errors(hooks: SimpleNamespace) -> Iterator[None]:
             try:
                 hook(error)
             except Exception as another:  # those behind it still have files to close
-                warnings.warn(f"{_owner(hook)} failed too, with {another!r}.", stacklevel=4)
+                warnings.warn(f"{_title('on_exception', hook)} failed too, with {another!r}.", stacklevel=4)
         raise
 
 
 def _name_callback(error: BaseException, hooks: SimpleNamespace) -> None:
     """Adds the callback in whose hook an error was raised to its message."""
-    called = [hook for table in vars(hooks).values() for hook in table if hasattr(hook, "__code__")]
+    called = [(name, hook) for name, table in vars(hooks).items() for hook in table if hasattr(hook, "__code__")]
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    hook = next((hook for frame in frames for hook in called if _is_call_of(frame, hook)), None)
-    if hook is None or not isinstance(error, Exception):
+    found = next((one for frame in frames for one in called if _is_call_of(frame, one[1])), None)
+    if found is None or not isinstance(error, Exception):
         return
-    note = f"raised in {_owner(hook)}"
+    note = f"raised in {_title(*found)}"
     if len(error.args) <= 1 and all(isinstance(argument, str) for argument in error.args):
         error.args = (" ".join([*error.args, f"({note})"]),)
     elif hasattr(error, "add_note"):  # Python 3.11
@@ -340,10 +340,10 @@ def _is_call_of(frame: Any, hook: Callable) -> bool:
     return code is hook.__code__ and (owner is None or frame.f_locals.get(code.co_varnames[0]) is owner)
 
 
-def _owner(hook: Callable) -> str:
-    """Which hook of which callback it is."""
+def _title(name: str, hook: Callable) -> str:
+    """Which hook of which callback it is; of a function, as `LambdaCallback` is given some, what it was given as."""
     callback = getattr(hook, "__self__", None)
-    return f"{type(callback).__name__}.{hook.__name__}" if callback is not None else f"hook {hook.__qualname__}"
+    return f"{type(callback).__name__}.{hook.__name__}" if callback is not None else f"the function given as {name}"
 
 
 def _warn_of_lost_loss(epoch: int, history: History) -> None:

@@ -178,6 +178,15 @@ def test_of_two_callbacks_with_one_inherited_hook_the_right_one_is_named():
             kt.Model(nn.Linear(3, 1)).compile("sgd", "mse").fit(x, y, callbacks=callbacks, verbose=0)
 
 
+def test_of_functions_it_is_said_what_they_were_given_as():
+    def fail(*arguments):
+        raise ArithmeticError("mine")
+
+    callback = kt.callbacks.LambdaCallback(on_train_begin=lambda logs: None, on_epoch_end=fail)
+    with pytest.raises(ArithmeticError, match=r"mine \(raised in the function given as on_epoch_end\)"):
+        run(callback)
+
+
 def test_ctrl_c_before_the_first_epoch_opens_none():
     callback, calls = recorder(on_train_begin=lambda self, logs: os.kill(os.getpid(), signal.SIGINT))
     _, history = run(callback)
