@@ -7,7 +7,7 @@ no batch has to know of a later one. Where all batches count the same, the divis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -84,6 +84,23 @@ class Window:
         other = Window(self.parameters, self.size)
         other._expected = dict(self._expected)
         return other
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is gathered beside the gradients in the parameters: tensors and plain data."""
+        return {
+            "batches": self._batches,
+            "left": self._left,
+            "expected": dict(self._expected),
+            "totals": dict(self._totals),
+            "apart": {name: list(gradients) for name, gradients in self._apart.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state, with the gradients that were in the parameters there again."""
+        self._batches, self._left, self._expected = state["batches"], state["left"], dict(state["expected"])
+        device = self.parameters[0].device
+        self._totals = {name: _on(device, total) for name, total in state["totals"].items()}
+        self._apart = {name: [_on(device, one) for one in gradients] for name, gradients in state["apart"].items()}
 
     def _weighted(self, share: Share, part: float) -> Tensor:
         """The loss times its count, over the count expected of a whole window, which keeps fp16 in its range."""
@@ -169,6 +186,16 @@ class Parked:
         _put(self.parameters, self._gradients)
         self._forget()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is gathered: tensors and plain data."""
+        return {"gradients": list(self._gradients), "batches": self._batches, "weight": self._weight}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state."""
+        pairs = zip(self.parameters, state["gradients"], strict=True)
+        self._gradients = [_on(parameter.device, gradient) for parameter, gradient in pairs]
+        self._batches, self._weight = state["batches"], _on(self.parameters[0].device, state["weight"])
+
     def _forget(self) -> None:
         self._gradients: list[Tensor | None] = [None] * len(self.parameters)
         self._batches, self._weight = 0, 0.0
@@ -177,6 +204,10 @@ class Parked:
 def _sum(gradients: Iterable[Tensor | None]) -> Tensor | None:
     there = [gradient for gradient in gradients if gradient is not None]
     return sum(there[1:], there[0]) if there else None
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _put(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:

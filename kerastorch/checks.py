@@ -246,3 +246,13 @@ def refuse_shared_files(callbacks: list[Any]) -> None:
                 f"two callbacks write to {path!r}, and {type(callback).__name__}(save_top_k=...) deletes files there. "
                 f"Give each names of its own."
             )
+
+
+def refuse_resumed_dry_run(resume: Any, dry_run: Any) -> None:
+    """A dry run begins where the model is.
+
+    Raises:
+        ValueError: it is to go on with another run.
+    """
+    if resume and dry_run:
+        raise ValueError(f"resume={resume!r} and dry_run={dry_run!r} were both given. Try the run out without resume.")

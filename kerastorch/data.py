@@ -9,10 +9,10 @@ To add a form of data, write a function that returns a `Data` and name it in `op
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.dataloader import default_collate
 
-from .seeding import epoch_order
+from .samples import IndexedLoader, NamingDataset, Recent, generators_in, positioned, skipping
+from .seeding import Generator, epoch_order
 from .structures import leaves, map_structure, named_leaves
 from .tensors import Batch, array_of, class_table, grouped, is_arrays, to_tensors, unpack, warn_of_nan, weighted
 
@@ -45,27 +46,28 @@ class Data:
     """Batches that can be gone through pass by pass.
 
     Attributes:
-        batches: Number of the pass (0-based) -> its batches, `(x, target, weight)`; target and weight may be `None`.
+        batches: Number of the pass (0-based), and of the first batch wanted -> its batches from there on, `(x, target,
+            weight)`; target and weight may be `None`. Where that batch is not the first, all random numbers that
+            belong to the beginning are drawn within the call.
         steps: Batches in one pass; `None` where that is not known.
         targets: All the targets where they are in memory, else `None`: lets mistakes be found before training.
         repeats: Whether there is a second pass; `False` for a generator or another one-shot iterator.
         generators: Random numbers of the user's own that a pass draws from.
+        draws: Whether a pass draws from the random numbers of this process, too.
+        own: What tells by its own `state_dict` where it is; `None` = the number of the batch says that.
+        indices: Number of the pass and of a batch that was just given -> the numbers of its samples in the data.
+        caveat: What cannot be exact in a run that goes on within a pass; `None` = nothing.
     """
 
-    batches: Callable[[int], Iterator[Batch]]
+    batches: Callable[..., Iterator[Batch]]
     steps: int | None = None
     targets: Any = None
     repeats: bool = True
-    generators: tuple[torch.Generator, ...] = ()
-
-    def stream(self, first_pass: int) -> Iterator[Batch]:
-        """All batches from pass `first_pass` on, pass after pass, until a pass is empty or the only one is over."""
-        for number in count(first_pass) if self.repeats else (first_pass,):
-            batch = None
-            for batch in self.batches(number):
-                yield batch
-            if batch is None:
-                return
+    generators: tuple[Generator, ...] = ()
+    draws: bool = False
+    own: Any = None
+    indices: Callable[[int, int], list[int] | None] = lambda number, batch: None
+    caveat: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def first_batches(data: Data, number: int | None) -> tuple[list[Batch], Data]:
     if not first:
         raise ValueError("the data is empty: it gave no batch, expected at least one.")
     whole = chain(first, batches)
-    return first, data if data.repeats else replace(data, batches=lambda number: whole)
+    return first, data if data.repeats else replace(data, batches=lambda number, start=0: skipping(whole, start))
 
 
 def in_order(data: Any) -> Any:
@@ -207,17 +209,26 @@ def _open_arrays(x: Any, y: Any, sample_weight: Any, reading: Reading) -> Data:
     parts, device = _in_memory((x, y, sample_weight), reading)
     batch_size = _batch_size(reading, parts[0], samples)
 
-    def batches(number: int) -> Iterator[Batch]:
+    def batches(number: int, start: int = 0) -> Iterator[Batch]:
         if reading.shuffle:
-            rows = epoch_order(samples, number).to(device).split(batch_size)
+            rows = epoch_order(samples, number).to(device).split(batch_size)[start:]
         else:
-            rows = (slice(start, start + batch_size) for start in range(0, samples, batch_size))
+            rows = (slice(row, row + batch_size) for row in range(start * batch_size, samples, batch_size))
         rows_of = _select if reading.shuffle else _slice
         take_x, take_y, take_weight = _takers(parts, rows_of, reading.dtype)
         for chosen in rows:
             yield take_x(chosen), take_y and take_y(chosen), take_weight and take_weight(chosen)
 
-    return Data(batches, steps=-(-samples // batch_size), targets=parts[1])
+    indices = partial(_chunk, samples, batch_size, reading.shuffle)
+    return Data(batches, steps=-(-samples // batch_size), targets=parts[1], indices=indices)
+
+
+def _order(samples: int, shuffle: bool, number: int) -> Any:
+    return epoch_order(samples, number).tolist() if shuffle else range(samples)
+
+
+def _chunk(samples: int, batch_size: int, shuffle: bool, number: int, batch: int) -> list[int]:
+    return list(_order(samples, shuffle, number)[batch * batch_size : (batch + 1) * batch_size])
 
 
 def _in_memory(parts: Batch, reading: Reading) -> tuple[Batch, torch.device]:
@@ -280,17 +291,19 @@ def _open_dataset(dataset: Any, reading: Reading, loader_over: Callable) -> Data
     _refuse_empty(samples, dataset)
     read = _reader(reading)
 
-    def batches(number: int) -> Iterator[Batch]:
-        order = epoch_order(samples, number).tolist() if reading.shuffle else range(samples)
-        chunks = [list(order[start : start + batch_size]) for start in range(0, samples, batch_size)]
-        return map(read, loader_over(dataset, chunks))
+    def batches(number: int, start: int = 0) -> Iterator[Batch]:
+        order = _order(samples, reading.shuffle, number)
+        firsts = range(start * batch_size, samples, batch_size)
+        return map(read, loader_over(dataset, [list(order[first : first + batch_size]) for first in firsts]))
 
-    return Data(batches, steps=-(-samples // batch_size))
+    indices = partial(_chunk, samples, batch_size, reading.shuffle)
+    generators = tuple(generators_in(dataset))
+    return Data(batches, steps=-(-samples // batch_size), generators=generators, draws=True, indices=indices)
 
 
 # A generator of their own: `iter(DataLoader)` draws a number, which would change what the model draws after it.
 def _dataset_loader(dataset: Any, chunks: list[list[int]]) -> DataLoader:
-    return DataLoader(dataset, batch_sampler=chunks, generator=torch.Generator())
+    return DataLoader(NamingDataset(dataset), batch_sampler=chunks, generator=torch.Generator())
 
 
 def _hugging_face_loader(dataset: Any, chunks: list[list[int]]) -> DataLoader:
@@ -301,10 +314,11 @@ def _open_iterable_dataset(dataset: Any, reading: Reading) -> Data:
     batch_size = _batch_size(reading)
     read = _reader(reading)
 
-    def batches(number: int) -> Iterator[Batch]:
-        return map(read, DataLoader(dataset, batch_size=batch_size, generator=torch.Generator()))
+    def batches(number: int, start: int = 0) -> Iterator[Batch]:
+        return map(read, skipping(DataLoader(dataset, batch_size=batch_size, generator=torch.Generator()), start))
 
-    return Data(batches, steps=-(-len(dataset) // batch_size) if hasattr(dataset, "__len__") else None)
+    steps = -(-len(dataset) // batch_size) if hasattr(dataset, "__len__") else None
+    return Data(batches, steps, generators=tuple(generators_in(dataset)), draws=True, **_way_back(dataset))
 
 
 def _open_loader(loader: DataLoader, reading: Reading) -> Data:
@@ -313,8 +327,29 @@ def _open_loader(loader: DataLoader, reading: Reading) -> Data:
     _refuse_empty(steps, loader)
     if _is_plain(loader) and (seen := _tensors_of(loader.dataset)) is not None:
         return _see_through(loader, *seen, steps, reading)
-    read = _reader(reading)
-    return Data(lambda number: map(read, loader), steps, generators=_generators_of(loader))
+    read, generators = _reader(reading), _generators_of(loader)
+    if IndexedLoader.fits(loader):
+        indexed = IndexedLoader(loader)
+        options = {"indices": indexed.indices, "caveat": indexed.caveat}
+        return Data(partial(_mapped, read, indexed.batches), steps, generators=generators, draws=True, **options)
+    way_back = _way_back(loader if hasattr(loader, "state_dict") or loader.num_workers else loader.dataset)
+    batches = partial(_mapped, read, lambda number, start: skipping(loader, start))
+    return Data(batches, steps, generators=generators, draws=True, **way_back)
+
+
+def _mapped(read: Callable[[Any], Batch], batches: Callable, number: int, start: int = 0) -> Iterator[Batch]:
+    return map(read, batches(number, start))
+
+
+def _way_back(data: Any) -> dict[str, Any]:
+    """How a run that goes on finds its place in data without numbers: by its own state, or by reading it again."""
+    if hasattr(data, "state_dict") and hasattr(data, "load_state_dict"):
+        return {"own": data}
+    what = (
+        f"a {type(data).__name__} has neither numbered samples nor a state_dict: a run that goes on within a pass "
+        f"reads it again up to there, and is exact only if it gives the same batches again"
+    )
+    return {"caveat": what}
 
 
 def _see_through(
@@ -322,12 +357,17 @@ def _see_through(
 ) -> Data:
     """The batches of a loader over tensors, gathered in one go instead of sample by sample, in the loader's order."""
     parts, device = _in_memory(unpack(tensors), reading)
+    recent = Recent()
 
-    def batches(number: int) -> Iterator[Batch]:
+    def batches(number: int, start: int = 0) -> Iterator[Batch]:
         # The number that `iter(loader)` draws before its sampler draws: keeps order and model as in a loop by hand.
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        return gathered(positioned(loader.batch_sampler, start), number, start)
+
+    def gathered(order: Iterable[list[int]], number: int, start: int) -> Iterator[Batch]:
         take_x, take_y, take_weight = _takers(parts, _select, reading.dtype)
-        for indices in loader.batch_sampler:
+        for batch, indices in enumerate(order, start):
+            recent.note((number, batch, indices))
             rows = torch.as_tensor(indices)
             rows = rows if subset is None else subset[rows]
             if device.type == "cuda":  # from pinned memory the host need not wait for the copy
@@ -336,12 +376,16 @@ def _see_through(
 
     # A subset or a sampler of the user's own leaves some rows out, whose targets may be anything.
     targets = parts[1] if subset is None and _has_torchs_sampler(loader) else None
-    return Data(batches, steps, targets, generators=_generators_of(loader))
+    options = {"generators": _generators_of(loader), "draws": True, "indices": recent.of}
+    return Data(batches, steps, targets, **options)
 
 
-def _generators_of(loader: DataLoader) -> tuple[torch.Generator, ...]:
-    found = (getattr(one, "generator", None) for one in (loader, loader.sampler, loader.batch_sampler))
-    return tuple({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+def _generators_of(loader: DataLoader) -> tuple[Generator, ...]:
+    sources = (loader, loader.sampler, loader.batch_sampler)
+    found = [one for source in sources for one in generators_in(source)]
+    if not loader.num_workers:  # else they are others', in the workers
+        found += generators_in(loader.dataset)
+    return tuple({id(one): one for one in found}.values())
 
 
 def _has_torchs_sampler(loader: DataLoader) -> bool:
@@ -378,14 +422,16 @@ def _open_batches(iterable: Iterable, reading: Reading) -> Data:
     repeats = iter(iterable) is not iterable if not hasattr(iterable, "__next__") else False
     # A generator may fill the same arrays again for its next batch, while the targets of this one are still measured.
     read = _reader(reading, keeps_targets=True)
-    return Data(lambda number: map(read, iterable), steps, repeats=repeats)
+    way_back = {} if isinstance(iterable, Sequence) else _way_back(iterable)
+    batches = partial(_mapped, read, lambda number, start: skipping(iterable, start))
+    return Data(batches, steps, repeats=repeats, draws=True, **way_back)
 
 
 def _open_callable(make: Callable[[], Any], reading: Reading) -> Data:
-    def batches(number: int) -> Iterator[Batch]:
-        return open_data(make(), None, None, reading).batches(number)
+    def batches(number: int, start: int = 0) -> Iterator[Batch]:
+        return open_data(make(), None, None, reading).batches(number, start)
 
-    return Data(batches)
+    return Data(batches, draws=True)
 
 
 def _reader(reading: Reading, keeps_targets: bool = False) -> Callable[[Any], Batch]:

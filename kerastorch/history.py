@@ -61,8 +61,8 @@ class History:
         params: What the run was asked for: `{"verbose": 1, "epochs": 2, "steps": 313}`.
         intervals: Where validation goes by batches, what was known after each: `{"epoch": 0, "batch": 99, "loss":
             0.4, "val_loss": 0.5}`, both 0-based. An epoch in `history` has the last one within it.
-        stopped_by: What ended the run: `"stop_training"`, `"max_steps"`, `"max_time"` or `"interrupt"`; `None` = the
-            last epoch, or the data.
+        stopped_by: What ended the run: `"stop_training"`, `"max_steps"`, `"max_time"`, `"interrupt"` (Ctrl-C),
+            `"SIGTERM"` or `"SIGUSR1"`; `None` = the last epoch, or the data.
     """
 
     def __init__(self, params: dict[str, Any] | None = None) -> None:

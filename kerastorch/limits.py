@@ -25,8 +25,6 @@ class Limits:
 
     Attributes:
         first_epoch: Number of its first epoch, 0-based.
-        first_batch: Number of the first batch in that epoch, 0-based.
-        batches_before: Batches that an earlier run, with which this one goes on, has trained on.
         epochs: Number of the epoch to end before; `None` = none.
         min_epochs, min_steps: Before these, nobody's `stop_training` ends it.
         max_steps: Optimizer steps.
@@ -39,13 +37,10 @@ class Limits:
     min_steps: int = 0
     max_steps: float = math.inf
     max_time_s: float = math.inf
-    first_batch: int = 0
-    batches_before: int = 0
 
-    @property
-    def numbers(self) -> Iterable[int]:
-        """Numbers of the epochs, maybe without end."""
-        return count(self.first_epoch) if self.epochs is None else range(self.first_epoch, self.epochs)
+    def numbers(self, first: int) -> Iterable[int]:
+        """Numbers of the epochs from the first to come, maybe without end."""
+        return count(first) if self.epochs is None else range(first, self.epochs)
 
 
 def limits(
@@ -72,34 +67,53 @@ def limits(
 class Ending:
     """Whether a run is over, and why.
 
-    A stop that somebody asked for waits for the minimums; the maximums and Ctrl-C wait for nothing.
+    A stop that somebody asked for waits for the minimums; the maximums and signals wait for nothing.
 
     Args:
         model: Its `stop_training` is a stop asked for.
         training: Counts the optimizer steps.
         limits: Of the run, which begins now.
+        history: Of the run.
+        position: Where the run is.
     Attributes:
         epochs_done: Number of the epoch that comes next.
-        is_interrupted: Whether the user pressed Ctrl-C.
+        interrupted_by: `"interrupt"` once the user pressed Ctrl-C, or the name of the signal that came; else `None`.
         is_near: Whether it can be due though nobody asked for a stop: the loop need not ask after each batch else.
-        reason: `None` while the run goes on, then `"interrupt"`, `"max_steps"`, `"max_time"` or `"stop_training"`.
+        is_announced: Whether the callbacks know.
+        reason: `None` while the run goes on; then `interrupted_by`, `"max_steps"`, `"max_time"` or `"stop_training"`.
     """
 
-    def __init__(self, model: Any, training: Any, limits: Limits) -> None:
+    def __init__(self, model: Any, training: Any, limits: Limits, history: Any, position: Any) -> None:
         self.model, self.training, self.limits = model, training, limits
-        self.epochs_done, self.is_interrupted = limits.first_epoch, False
+        self.history, self.position = history, position
+        self.epochs_done, self.is_announced = limits.first_epoch, False
+        self.interrupted_by: str | None = None
         self.is_near = limits.max_steps < math.inf or limits.max_time_s < math.inf
         self.reason: str | None = None
         self._deadline = time.monotonic() + limits.max_time_s
 
-    def interrupt(self) -> None:
-        """The user pressed Ctrl-C."""
-        self.is_interrupted = self.is_near = True
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a signal asked for the end."""
+        return self.interrupted_by is not None
+
+    def interrupt(self, by: str = "interrupt") -> None:
+        """A signal came."""
+        self.interrupted_by, self.is_near = self.interrupted_by or by, True
+
+    def is_over(self) -> bool:
+        """Whether no other batch may follow; callbacks hear of it once, while what they save can be gone on from."""
+        if self.is_due() and not self.is_announced:
+            self.is_announced, self.history.stopped_by = True, self.reason
+            for hook in self.training.hooks.on_train_pause:
+                hook()
+            self.position.reach_safe_point()
+        return self.reason is not None
 
     def is_due(self) -> bool:
         """Whether no other batch may follow."""
         if self.is_interrupted:
-            self.reason = "interrupt"
+            self.reason = self.interrupted_by
         elif self.training.steps >= self.limits.max_steps:
             self.reason = "max_steps"
         elif time.monotonic() >= self._deadline:
@@ -136,7 +150,7 @@ class Frequency:
         """Whether there is more than one validation in a run, as far as is known."""
         if self.epochs is None or limits.epochs is None:
             return True
-        return sum(map(self.is_due_after, limits.numbers)) > 1
+        return sum(map(self.is_due_after, limits.numbers(limits.first_epoch))) > 1
 
 
 def frequency(freq: Any, batches: int | None) -> Frequency:

@@ -18,6 +18,7 @@ import torch
 
 from .history import History
 from .limits import Ending, Frequency, Limits
+from .position import Position
 from .step import (
     Recipe,
     close_windows,
@@ -30,6 +31,11 @@ from .step import (
 )
 from .structures import leaves, map_structure
 
+# Signals that end a run, and what Python does with them else. Windows has no SIGUSR1.
+STOPPING = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+if hasattr(signal, "SIGUSR1"):
+    STOPPING[signal.SIGUSR1] = signal.SIG_DFL
+
 
 @dataclass
 class Validation:
@@ -38,22 +44,21 @@ class Validation:
     Attributes:
         evaluate: Runs it, until it is over or the run is: returns loss and metrics by name.
         frequency: When.
+        random: The random numbers that it may draw from, as they are.
         intervals: What was known after each one within an epoch.
         latest: What the last validation within the running epoch put into the logs.
-        batches_before: Training batches before the running epoch, where they are counted across epochs.
     """
 
     evaluate: Callable[[Ending], dict[str, Any]]
     frequency: Frequency
+    random: Callable[[], dict[str, Any]]
     intervals: list[dict[str, Any]] = field(default_factory=list)
     latest: dict[str, Any] = field(default_factory=dict)
-    batches_before: int = 0
 
-    def go_on(self, limits: Limits) -> None:
-        """Takes up what an earlier run had, of which `intervals` has been put back."""
-        self.batches_before = limits.batches_before
+    def go_on(self, epoch: int) -> None:
+        """Takes up what an earlier run had of the epoch that is gone on with; `intervals` has been put back."""
         for last in self.intervals[-1:]:
-            if last["epoch"] == limits.first_epoch:
+            if last["epoch"] == epoch:
                 self.latest = {name: value for name, value in last.items() if name.startswith("val_")}
 
 
@@ -62,64 +67,69 @@ def fit(
     training: Recipe,
     epoch_batches: Callable[[], Iterable],
     history: History,
+    position: Position,
     *,
     limits: Limits,
     steps_per_epoch: int | None = None,
     validation: Validation | None = None,
     step: Callable = forward_backward,
-    resume: Callable[[Limits], Limits] | None = None,
+    resume: Callable[[], None] | None = None,
 ) -> History:
     """Trains epoch by epoch.
 
     Args:
         model: Its `stop_training` and `stop_epoch` are heeded after each batch, its `epochs_trained` counted up.
         training: What a step is made of.
-        epoch_batches: Called once for each epoch: its batches, on the device.
+        epoch_batches: Called once for each epoch: its batches, on the device; of the first those from `position` on.
         history: Where the logs of each epoch go.
+        position: Where the run begins, and from then on where it is.
         limits: Where the run ends.
         steps_per_epoch: Batches asked for in each epoch; `None` = all there are.
         validation: What is validated and when; `None` = nothing.
         step: `forward_backward` or what stands for it: called with recipe and batch, says whether the optimizer is due.
-        resume: Called once the callbacks have begun: puts the state of an earlier run back and returns the limits of
-            what is left of it; `None` = there was none.
+        resume: Called once the callbacks have begun: puts the state of an earlier run back; `None` = there was none.
     """
-    hooks, logs, ending = training.hooks, {}, Ending(model, training, limits)
+    hooks, logs, ending = training.hooks, {}, Ending(model, training, limits, history, position)
     if validation is not None:
         history.intervals = validation.intervals
-    with _interruptible(ending), announced_errors(hooks):
+    with _stoppable(ending), announced_errors(hooks):
         for hook in hooks.on_train_begin:
             hook({})
         if resume is not None:
-            limits = resume(limits)
+            resume()
             if validation is not None:
-                validation.go_on(limits)
-        for epoch in limits.numbers:
-            if ending.is_near and ending.is_due():
+                validation.go_on(position.epoch)
+        for epoch in limits.numbers(position.epoch):
+            if ending.is_near and ending.is_over():
                 break
             model.stop_epoch, ending.epochs_done = False, epoch
             for hook in hooks.on_epoch_begin:
                 hook(epoch, {})
-            open_windows(training, epoch)
+            if position.batch == 0:
+                open_windows(training, epoch)
+                training.tracker.reset()
             batches = () if model.stop_epoch else epoch_batches()
-            done = limits.first_batch if epoch == limits.first_epoch else 0
-            steps = train_epoch(model, training, step, epoch, batches, ending, validation, done)
-            if steps == 0 and not model.stop_epoch:
+            train_epoch(model, training, step, batches, ending, validation)
+            if position.batch == 0 and not model.stop_epoch:
                 if not ending.is_due():
                     _say_that_data_ended(epoch, history)
                 break
             logs = training.tracker.result() | {name: float(rate) for name, rate in training.rates.items()}
             if validation is not None:
-                logs |= _validation_logs(training, validation, epoch, ending)
-            if steps:
+                logs |= _validation_logs(training, validation, ending)
+            if position.batch:
                 move_schedules(training, logs)
             history.record(epoch, logs)
             model.epochs_trained += 1
+            steps = position.batch
+            position.end_epoch()
             for hook in hooks.on_epoch_end:
                 hook(epoch, logs)
             history.record(epoch, logs)  # again: with what callbacks have put there
+            position.reach_safe_point()
             _warn_of_lost_loss(epoch, history)
             ending.epochs_done += 1
-            if ending.is_due() or _has_run_dry(model, epoch, steps, steps_per_epoch, limits):
+            if ending.is_over() or _has_run_dry(model, epoch, steps, steps_per_epoch, limits):
                 break
         history.stopped_by = ending.reason
         for hook in hooks.on_train_end:
@@ -131,39 +141,42 @@ def train_epoch(
     model: Any,
     training: Recipe,
     step: Callable,
-    epoch: int,
     batches: Iterable,
     ending: Ending,
     validation: Validation | None,
-    done: int,
-) -> int:
-    """Trains on each batch of one epoch, of which some may be done, and returns how many it has by then."""
-    hooks, tracker = training.hooks, training.tracker
+) -> None:
+    """Trains on each batch of one epoch, or on those that an earlier run has left of it."""
+    hooks, tracker, position = training.hooks, training.tracker, ending.position
     set_modes(training)
-    tracker.reset()
-    index = done - 1
     try:
-        for index, batch in enumerate(batches, done):
+        if position.is_validating:
+            _validate_within(training, validation, ending)
+        for index, batch in enumerate(batches, position.batch):
             if hooks.on_train_batch_begin and _end_epoch_before(index, hooks):
                 model.stop_epoch = True
-                index -= 1
+                position.dropped += 1
                 break
             if step(training, batch):
                 optimizer_step(training, training.updates[""])
+            position.batch = index + 1
             if hooks.on_train_batch_end:
                 logs = tracker.logs(training.rates)
                 for hook in hooks.on_train_batch_end:
                     hook(index, logs)
             if validation is not None and validation.frequency.batches is not None:
-                _validate_within(training, validation, epoch, index, ending)
+                _validate_within(training, validation, ending)
+            if position.waiting:
+                position.reach_safe_point()
             if model.stop_epoch or ((model.stop_training or ending.is_near) and ending.is_due()):
                 break
     except KeyboardInterrupt:
         if ending.is_interrupted:  # the second one: at once
             raise
         ending.interrupt()
+        ending.is_announced = True  # it came in the middle of a step: no safe point
+    if ending.is_near or model.stop_training:
+        ending.is_over()
     close_windows(training)
-    return index + 1
 
 
 def _end_epoch_before(index: int, hooks: SimpleNamespace) -> bool:
@@ -182,41 +195,45 @@ def _without_objects(output: Any) -> Any:
     return {name: part for name, part in output.items() if all(isinstance(leaf, torch.Tensor) for leaf in leaves(part))}
 
 
-def _validation_logs(training: Recipe, validation: Validation, epoch: int, ending: Ending) -> dict[str, Any]:
+def _validation_logs(training: Recipe, validation: Validation, ending: Ending) -> dict[str, Any]:
     """After the last batch of an epoch: what its validation adds to the logs, or the last one within it."""
-    if validation.frequency.is_due_after(epoch) and not ending.is_interrupted:
+    if validation.frequency.is_due_after(ending.position.epoch) and not ending.is_interrupted:
         return _validated(training, validation, ending)
     latest, validation.latest = validation.latest, {}
     return latest
 
 
-def _validate_within(training: Recipe, validation: Validation, epoch: int, index: int, ending: Ending) -> None:
+def _validate_within(training: Recipe, validation: Validation, ending: Ending) -> None:
     """After a batch: validates if so many have gone by."""
-    frequency = validation.frequency
-    if frequency.goes_on:
-        validation.batches_before += 1
-    if (validation.batches_before if frequency.goes_on else index + 1) % frequency.batches or ending.is_interrupted:
+    frequency, position = validation.frequency, ending.position
+    done = position.batch + (position.batches_before if frequency.goes_on else 0)
+    if done % frequency.batches or ending.is_interrupted:
         return
+    position.is_validating = True
     values = _validated(training, validation, ending)
     set_modes(training)
+    position.is_validating = False
     if ending.is_interrupted:
         return
     validation.latest = values
     logs = training.tracker.logs(training.rates | validation.latest)
     for hook in training.hooks.on_interval_end:
-        hook(epoch, logs)
-    validation.intervals.append({"epoch": epoch, "batch": index, **logs})
+        hook(position.epoch, logs)
+    validation.intervals.append({"epoch": position.epoch, "batch": position.batch - 1, **logs})
 
 
 def _validated(training: Recipe, validation: Validation, ending: Ending) -> dict[str, Any]:
+    if training.hooks.on_train_pause:  # if it is broken off, a run that goes on does it again
+        ending.position.random = validation.random()
     for hook in training.hooks.on_validation_begin:
         hook({})
     values = validation.evaluate(ending)
     for hook in training.hooks.on_validation_end:
         hook(values)
     if ending.is_interrupted:  # they are means over a part of the data
-        return {}
-    return {f"val_{name}": value for name, value in values.items()}
+        ending.is_over()
+    ending.position.random = None
+    return {} if ending.is_interrupted else {f"val_{name}": value for name, value in values.items()}
 
 
 def set_modes(training: Recipe) -> None:
@@ -285,24 +302,28 @@ def predict(
 
 
 @contextmanager
-def _interruptible(ending: Ending) -> Iterator[None]:
-    """Ctrl-C asks for the end, so that the running step can finish; a second one raises `KeyboardInterrupt`."""
+def _stoppable(ending: Ending) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGUSR1 ask for the end, so that the running step can finish and all be saved.
 
-    def interrupt(number: int, frame: Any) -> None:
-        if ending.is_interrupted:
+    A second Ctrl-C raises `KeyboardInterrupt`. SIGUSR1 is what schedulers are told to send some time before SIGKILL.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGINT" and ending.interrupted_by == "interrupt":
             raise KeyboardInterrupt
-        ending.interrupt()
+        ending.interrupt("interrupt" if name == "SIGINT" else name)
 
     # Python allows handlers in the main thread only; one that the user installed stays.
-    is_ours = threading.current_thread() is threading.main_thread()
-    is_ours = is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if is_ours:
-        signal.signal(signal.SIGINT, interrupt)
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = {number: own for number, own in STOPPING.items() if is_main and signal.getsignal(number) is own}
+    for number in ours:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        if is_ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, own in ours.items():
+            signal.signal(number, own)
 
 
 @contextmanager

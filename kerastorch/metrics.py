@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .losses import FUNCTIONS, VALUES, Loss, SumOfLosses, known_name, refuse_kerass
-from .structures import leaves
+from .structures import leaves, map_structure
 from .targets import Layout, check_values
 
 Sums = tuple[Tensor, Any]  # sum of values on the device, and how many values: an int, or a tensor on the device
@@ -54,21 +54,63 @@ class Stateful:
         self.name, self.metric, self.joins = name, metric, build is not None
         self._build, self._prepare = build, None
         self.prefix = ""  # of its name, and of the keys of a MetricCollection: the name of its output
+        self._waiting: tuple[Mapping[str, Any], Any] | None = None  # a state for what is still to be built
 
     def update(self, output: Any, target: Any) -> None:
         if self.metric is None:  # which variant it is shows in the shapes
             self.metric, self._prepare = self._build(output, target)
+            if self._waiting is not None:
+                self.load_state_dict(*self._waiting)
         self.metric.update(*((output, target) if self._prepare is None else self._prepare(output, target)))
 
     def reset(self) -> None:
+        self._waiting = None
         if self.metric is not None:
             self.metric.reset()
+
+    @property
+    def is_savable(self) -> bool:
+        """Whether it can be saved between two batches, as torchmetrics and all that have a `state_dict` can."""
+        return self.metric is None or hasattr(self.metric, "_defaults") or hasattr(self.metric, "state_dict")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has counted: tensors and plain data."""
+        if self.metric is None or not self.is_savable:
+            return {}
+        counted = _torchmetrics_in(self.metric)
+        if not counted:
+            return {"own": self.metric.state_dict()}
+        return {
+            name: {"updates": one._update_count, "values": {key: getattr(one, key) for key in one._defaults}}
+            for name, one in counted.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: Any) -> None:
+        """Goes on from a state."""
+        if self.metric is None:
+            self._waiting = state, device
+            return
+        self._waiting = None
+        if "own" in state:
+            self.metric.load_state_dict(state["own"])
+            return
+        for name, one in _torchmetrics_in(self.metric).items():
+            if name in state:
+                one._update_count, one._computed = state[name]["updates"], None
+                for key, value in state[name]["values"].items():
+                    setattr(one, key, map_structure(lambda leaf: leaf.to(device), value))
 
     def result(self) -> dict[str, Any]:
         value = self.metric.compute()
         if isinstance(value, Mapping):  # a MetricCollection
             return {f"{self.prefix}{name}": _plain(part) for name, part in value.items()}
         return {self.name: _plain(value)}
+
+
+def _torchmetrics_in(metric: Any) -> dict[str, Any]:
+    """A torchmetrics metric and those inside of it, which keep their states as attributes, by their names."""
+    parts = metric.named_modules() if isinstance(metric, torch.nn.Module) else ()
+    return {name: part for name, part in parts if hasattr(part, "_defaults")}
 
 
 def get(metrics: Any, loss: Loss | SumOfLosses | None, weighted: Any = ()) -> list[tuple[Any, Mean | Stateful]]:

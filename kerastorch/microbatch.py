@@ -7,7 +7,7 @@ exception that no library can avoid: BatchNorm normalizes by the statistics of t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,14 @@ class PiecewiseStep:
         self.may_halve = size == "auto"
         self.size: int | None = None if self.may_halve else size
         self._has_said = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The size that memory has allowed: BatchNorm sees it."""
+        return {"size": self.size}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state."""
+        self.size = state["size"] if self.may_halve else self.size
 
     def __call__(self, recipe: Recipe, batch: Batch) -> bool:
         samples = samples_in(batch[0])

@@ -12,7 +12,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -47,9 +46,12 @@ from .data import Data, Reading, first_batches, in_order, open_data, peek, split
 from .history import History
 from .microbatch import PiecewiseStep
 from .overrides import OwnStep
+from .passes import Passes
 from .patterns import norms_inside, parameters_of
+from .position import Position
 from .precision import scaled_backward
-from .seeding import random_state_kept, set_random_state
+from .resume import Run, find_saved
+from .seeding import random_state_kept
 from .state import refuse_unlike, restore, restore_callbacks, state_of
 from .step import (
     Recipe,
@@ -110,7 +112,8 @@ class Model:
         self._training_data: Data | None = None
         self._training: Recipe | None = None
         self._dry_run_folder: Path | None = None
-        self._resumed_at: dict[str, Any] | None = None
+        self._live_run: Run | None = None
+        self._ended_run: dict[str, Any] | None = None
 
     @property
     def history(self) -> History | None:
@@ -276,6 +279,7 @@ class Model:
         sanity_steps: int = 0,
         overfit_batches: int | float = 0,
         dry_run: bool | int = False,
+        resume: str | os.PathLike | bool | None = None,
         verbose: int | str = "auto",
     ) -> History:
         """Trains the module; a second call goes on where the first ended.
@@ -317,6 +321,10 @@ class Model:
                 ones, unshuffled: a model that is right can learn them by heart. 0 = all the data.
             dry_run: `True` or a number of batches: one epoch of so many, the validation, all callbacks and saving and
                 loading are tried; the model is afterwards as it was, and no file is left.
+            resume: File to go on from, as `save` or a `ModelCheckpoint` wrote it; `True` = the newest of the files of
+                this run's `ModelCheckpoint` or `BackupAndRestore`, where there is one. The run ends as if it had never
+                ended, bit for bit on the CPU, from within an epoch too. Give all else as the run was given that was
+                saved; `epochs` may be more.
             verbose: 0 = silent, 1 = a live line, 2 = a line for each epoch, `"auto"` = 1 on a terminal, else 2.
         Returns:
             The `History`, also in `model.history`.
@@ -332,6 +340,7 @@ class Model:
         checks.refuse_class_weight(class_weight)
         checks.refuse_accumulation(accumulate, microbatch, self._compiled.tbptt_steps, self._overrides("train_step"))
         limits.refuse_no_amounts(steps_per_epoch, validation_steps, sanity_steps, overfit_batches, dry_run)
+        checks.refuse_resumed_dry_run(resume, dry_run)
         callbacks = as_list(callbacks)
 
         reading = self._reading(batch_size, shuffle=shuffle and not overfit_batches, class_weight=class_weight)
@@ -363,17 +372,23 @@ class Model:
             self._expect(opened, validated)
             self._begin_schedules(training, self._pieces_in(opened, taken.batches), accumulate, bounds)
             self.history, self.stop_training, self._callbacks = History(params), False, callbacks
-            self.epochs_trained, backup = max(self.epochs_trained, initial_epoch), self._backup_of(callbacks)
+            self.epochs_trained = max(self.epochs_trained, initial_epoch)
+            run = self._begin_run(training, step, opened, taken, validated, initial_epoch)
+            saved = find_saved(resume, callbacks)
+            if saved is not None:
+                run.refuse_other(*saved)
+                restore_callbacks(callbacks, saved[0])
             return loop.fit(
                 self,
                 training,
-                self._epochs(opened, taken, initial_epoch),
+                run.passes.epoch,
                 self.history,
+                run.position,
                 limits=bounds,
                 steps_per_epoch=taken.batches if taken.goes_on else None,
                 validation=validation,
                 step=step,
-                resume=partial(self._resume, backup) if backup else None,
+                resume=partial(run.go_on, *saved) if saved else None,
             )
 
     def train_on_batch(
@@ -684,6 +699,21 @@ class Model:
         windows = (self._training.window, *(update.parked for update in self.updates.values()))
         return any(window is not None and window.is_open for window in windows)
 
+    def at_safe_point(self, function: Callable[[], None]) -> None:
+        """Calls a function when all callbacks have done their part of a batch or an epoch; at once outside of `fit`.
+
+        For callbacks that save: nothing of the next batch has begun then, and what is saved is gone on from exactly.
+        """
+        if self._live_run is None:
+            function()
+        else:
+            self._live_run.position.waiting.append(function)
+
+    @property
+    def batch_indices(self) -> list[int] | None:
+        """The numbers in the data of the samples in the running batch of `fit`; `None` where that is not known."""
+        return None if self._live_run is None else self._live_run.passes.indices
+
     @property
     def is_dry_run(self) -> bool:
         """Whether a `fit(dry_run=...)` is running, of which nothing shall be left."""
@@ -880,7 +910,7 @@ class Model:
             opened = open_data(in_order(source[0]), *source[1:], reading)
             number = limits.portion("overfit_batches", overfit_batches, opened.steps).batches
             batches, _ = first_batches(opened, number)
-            opened = Data(lambda number: iter(batches), len(batches), opened.targets)
+            opened = Data(lambda number, start=0: iter(batches[start:]), len(batches), opened.targets)
             return opened, opened
         (validation_data, fraction, batch_size), y = held_out, source[1]
         validation_source = validation_data, y if isinstance(y, str) else None, None
@@ -987,49 +1017,24 @@ class Model:
         """The module, computing in the precision that was compiled."""
         return self.module if self._compiled is None else self._compiled.network
 
-    def _epochs(self, opened: Data, taken: limits.Portion, first_epoch: int) -> Callable[[], Iterator]:
-        """A function that gives the batches of one epoch after the other; in a resumed run, those that are left."""
-        stream = opened.stream(self.epochs_trained)
+    def _begin_run(
+        self, training: Recipe, step: Any, opened: Data, taken: limits.Portion, validated: Data | None, epoch: int
+    ) -> Run:
+        """What another run needs to know of this one; until it ends, what is saved has it too."""
+        position = Position(epoch)
+        feed = self._batches if opened.own is None else partial(self._batches, ahead=False)
+        looks_ahead = self.backend.looks_ahead and opened.own is None
+        passes = Passes(opened, taken, position, lambda: self.epochs_trained, feed, looks_ahead)
+        generators = opened.generators + (() if validated is None else validated.generators)
+        self._live_run = Run(self, training, step, position, passes, generators)
+        return self._live_run
 
-        def batches() -> Iterator:
-            nonlocal stream
-            found = stream if taken.goes_on else opened.batches(self.epochs_trained)
-            position, self._resumed_at = self._resumed_at, None
-            if position is None:
-                return self._batches(islice(found, taken.batches))
-            if taken.goes_on:  # from the pass that the run began with: a run before in this process may have gone on
-                found = stream = opened.stream(self.epochs_trained - position["epoch"] + first_epoch)
-            for _ in islice(found, position["batches"] if taken.goes_on else position["batch"]):
-                pass  # trained on before the backup
-            if position["batch"]:  # else these are the numbers of before the epoch, of which a loader has drawn some
-                set_random_state(position["random"])
-            return self._batches(islice(found, taken.batches and taken.batches - position["batch"]))
+    def _run_state(self) -> dict[str, Any] | None:
+        """Where the running `fit` is, or where the last one ended; `None` = there was none."""
+        return self._ended_run if self._live_run is None else self._live_run.state_dict()
 
-        return batches
-
-    def _backup_of(self, callbacks: list[Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-        """The state to go on from, and where in the run that is; the callbacks have their part of it then."""
-        backup = next((one for one in callbacks if hasattr(one, "restored")), None)
-        saved = backup and backup.restored()
-        if not saved:
-            return None
-        restore_callbacks(callbacks, saved)
-        return saved, backup.state_dict()
-
-    def _resume(self, backup: tuple[Mapping[str, Any], Mapping[str, Any]], bounds: limits.Limits) -> limits.Limits:
-        """Goes on from a backup; returns the limits of what is left."""
-        (saved, position), history = backup, self.history
-        restore(self, saved, "the backup")
-        history.go_on_from(self.history)
-        self.history, self._resumed_at, self._training.steps = history, position, position["steps"]
-        for update in self.updates.values():
-            update.steps = position["steps"]
-        set_random_state(position["random_at_epoch"])
-        at = {"first_epoch": position["epoch"], "first_batch": position["batch"]}
-        return replace(bounds, **at, batches_before=position["batches"])
-
-    def _batches(self, batches: Iterable, is_evaluated: bool = False) -> Iterator:
-        fed = self.backend.feed(batches)
+    def _batches(self, batches: Iterable, is_evaluated: bool = False, ahead: bool = True) -> Iterator:
+        fed = self.backend.feed(batches) if ahead else map(self.backend.move, batches)
         if not self._compiled.has_own_loss:
             return fed
         is_plain = not self._overrides("compute_loss") and (is_evaluated or not self._overrides("train_step"))
@@ -1048,7 +1053,10 @@ class Model:
                 batches, validated = first_batches(validated, number)
                 self._validate(tried, Data(lambda number: iter(batches)), None)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
-        return loop.Validation(partial(self._validate, evaluation, validated, steps), when)
+        # Looked up when it is called: the run begins later.
+        return loop.Validation(
+            partial(self._validate, evaluation, validated, steps), when, lambda: self._live_run.random()
+        )
 
     def _validate(self, evaluation: Recipe, validated: Data, steps: int | None, ending: Any = None) -> dict[str, Any]:
         with self._shown(evaluation):
@@ -1115,11 +1123,15 @@ class Model:
         self._drop_gradients()  # what a loop by hand before this one left there
         with self._computing(), self._as_before_unless_trained(training), self._shown(training):
             outer = self._training_data, self._own_step, self._training
+            live = self._live_run
             self._training_data, self._own_step = data, step if isinstance(step, OwnStep) else None
             self._training = training
             try:
                 yield
+                if self._live_run is not live:
+                    self._ended_run = self._live_run.state_dict()
             finally:
+                self._live_run = live
                 self._training_data, self._own_step = outer[:2]
                 self._training = outer[2] if is_nested else training
                 for update, schedule, parked, steps in before:
@@ -1133,13 +1145,14 @@ class Model:
             parameter.grad = gradient
 
     @contextmanager
-    def _leaving_no_trace(self, dry_run: bool | int, generators: Iterable[torch.Generator]) -> Iterator[None]:
+    def _leaving_no_trace(self, dry_run: bool | int, generators: Iterable[Any]) -> Iterator[None]:
         """In a dry run callbacks write into a folder that is gone afterwards, and the model is then as it was."""
         if not dry_run:
             yield
             return
         history, epochs_trained, stop_training = self.history, self.epochs_trained, self.stop_training
         state, callbacks, training = copy.deepcopy(state_of(self)), self._callbacks, self._training
+        ended = self._ended_run
         frozen, trained = list(self._frozen), [(one, one.requires_grad) for one in self.module.parameters()]
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]  # those that no file has, too
         optimizers = [update.optimizer for update in self.updates.values()]
@@ -1162,6 +1175,7 @@ class Model:
                     for buffer, before in buffers:
                         buffer.copy_(before)
                 self._frozen[:], self._callbacks, self._training = frozen, callbacks, training
+                self._ended_run = ended
                 restore(self, state)
                 self.history, self.epochs_trained, self.stop_training = history, epochs_trained, stop_training
 

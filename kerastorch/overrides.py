@@ -18,6 +18,8 @@ from .optimizers import needs_closure
 from .precision import LOW, Precision, autocast
 from .step import Batch, Recipe, Update, loss_scale, move_after_step, optimizer_step, samples_in, update_scale
 
+KEPT = ("first_samples", "batches", "calls", "has_stepped", "in_window")  # what goes on from one batch to the next
+
 
 class OwnStep:
     """Calls the user's `train_step` where `forward_backward` is called otherwise.
@@ -54,9 +56,8 @@ class OwnStep:
         x, target, weight = batch
         samples = recipe.samples = len(x) if isinstance(x, Tensor) else samples_in(x)
         self._first_samples, before = self._first_samples or samples, recipe.tracker.samples
-        if recipe.window is not None:  # new in each epoch; here it is calls of `optimizer_step` that fill a window
-            single, size, recipe.window = recipe.updates[""], recipe.window.size, None
-            single.parked = Parked(single.parameters, size)
+        if recipe.window is not None:
+            self._park()
         self._weight = samples / self._first_samples  # how much the batch counts in its window
         calls = self._calls
         with autocast(self.precision, recipe.device):
@@ -80,6 +81,26 @@ class OwnStep:
                 stacklevel=5,
             )
         return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is in its windows, whose gradients are elsewhere."""
+        single = self.recipe.updates.get("")
+        kept = {name: getattr(self, f"_{name}") for name in KEPT}
+        return kept | {"is_parked": single is not None and single.parked is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state, in windows of its epoch that are open and empty."""
+        for name in KEPT:
+            setattr(self, f"_{name}", state[name])
+        if state["is_parked"]:
+            self._park()
+        updates = self.recipe.updates.values()
+        self._window = next((update.parked for update in updates if update.parked is not None), None)
+
+    def _park(self) -> None:
+        """Here it is calls of `optimizer_step` that fill a window, which is new in each epoch."""
+        single, size, self.recipe.window = self.recipe.updates[""], self.recipe.window.size, None
+        single.parked = Parked(single.parameters, size)
 
     def weigh(self, count: int | Tensor, loss: Tensor) -> None:
         """Has the batch count by what its loss is the mean over, say unmasked targets, instead of its samples."""

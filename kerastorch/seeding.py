@@ -68,44 +68,105 @@ def _choose_algorithms(deterministic: bool | str | None, benchmark: bool | None)
         torch.backends.cudnn.benchmark = bool(benchmark)
 
 
-def random_state() -> dict[str, Any]:
-    """Where the generators of Python, numpy and torch, on every device in use, are: tensors and plain data."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def random_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
+    """Where the generators of Python, numpy and torch, on every device in use, are: tensors and plain data.
+
+    Args:
+        generators: These, too. Default: none.
+    """
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "order": _order_seed,
+        "python": _state_of_python(random.getstate()),
+        "numpy": _state_of_numpy(np.random.get_state(legacy=False)),
         "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state(device) for device in devices],
+        "cuda": [torch.cuda.get_rng_state(device) for device in cuda],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+        "generators": [_state_of(one) for one in generators],
     }
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
+def set_random_state(state: Mapping[str, Any], generators: Iterable[Generator] = ()) -> None:
     """Puts all generators where `random_state` found them."""
-    version, numbers, gauss = state["python"]
-    kind, keys, *rest = state["numpy"]
-    random.setstate((version, tuple(numbers), gauss))
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    global _order_seed
+    _order_seed = state.get("order", _order_seed)
+    random.setstate(_python_from(state["python"]))
+    np.random.set_state(_numpy_from(state["numpy"]))
     torch.set_rng_state(state["torch"])
     for device, of_device in enumerate(state["cuda"]):
         torch.cuda.set_rng_state(of_device, device)
+    if state.get("mps") is not None:
+        torch.mps.set_rng_state(state["mps"])
+    for one, its_state in zip(generators, state.get("generators", ()), strict=False):
+        _put_back(one, its_state)
+
+
+def _state_of(generator: Generator) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return _state_of_python(generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return _state_of_numpy(generator.get_state(legacy=False))
+    return _state_of_numpy(generator.bit_generator.state)
+
+
+def _put_back(generator: Generator, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(_python_from(state))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(_numpy_from(state))
+    else:
+        generator.bit_generator.state = _numpy_from(state)
+
+
+def _state_of_python(state: tuple) -> list[Any]:
+    version, numbers, gauss = state
+    return [version, list(numbers), gauss]
+
+
+def _python_from(state: list[Any]) -> tuple:
+    version, numbers, gauss = state
+    return version, tuple(numbers), gauss
+
+
+def _state_of_numpy(state: Any) -> Any:
+    """numpy's nested dict, its arrays as tensors: of a dtype that torch has, and numpy's in words."""
+    if isinstance(state, dict):
+        return {name: _state_of_numpy(part) for name, part in state.items()}
+    if isinstance(state, np.ndarray):
+        return {"dtype": str(state.dtype), "values": torch.from_numpy(state.view(np.uint8).copy())}
+    return state
+
+
+def _numpy_from(state: Any) -> Any:
+    if isinstance(state, list):  # of version 1 of the format
+        kind, keys, *rest = state
+        return (kind, keys.numpy().astype(np.uint32), *rest)
+    if isinstance(state, dict) and set(state) == {"dtype", "values"}:
+        return state["values"].numpy().view(state["dtype"]).copy()
+    return {name: _numpy_from(part) for name, part in state.items()} if isinstance(state, dict) else state
 
 
 @contextmanager
-def random_state_kept(generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
+def random_state_kept(generators: Iterable[Generator] = ()) -> Iterator[None]:
     """The random numbers of Python, numpy and torch, on every device, are afterwards what they were before.
 
     Args:
         generators: Of these, too. Default: none.
     """
-    before, own = random_state(), [(one, one.get_state()) for one in generators]
+    generators = tuple(generators)
+    before = random_state(generators)
     try:
         yield
     finally:
-        set_random_state(before)
-        for generator, state in own:
-            generator.set_state(state)
+        set_random_state(before, generators)
 
 
 def epoch_order(samples: int, epoch: int) -> torch.Tensor:
@@ -119,8 +180,23 @@ def epoch_order(samples: int, epoch: int) -> torch.Tensor:
     Returns:
         Indices, shape (samples,), int64.
     """
-    seed = torch.initial_seed() if _order_seed is None else _order_seed
     # SeedSequence mixes the two numbers well: plain sums would give seed 1, epoch 0 the order of seed 0, epoch 1.
-    mixed = np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1, np.uint64)[0]
+    mixed = np.random.SeedSequence([_seed(), epoch]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(mixed >> 1))
     return torch.randperm(samples, generator=generator)
+
+
+def sample_seeds(epoch: int, batch: int, samples: int) -> list[int]:
+    """Seeds for what is random in the samples of a batch: they depend on the seed and on where they are alone.
+
+    Args:
+        epoch: Number of the epoch.
+        batch: Number of the batch in it.
+        samples: How many it has.
+    """
+    seeds = np.random.SeedSequence([_seed(), epoch, batch]).generate_state(samples, np.uint64)
+    return (seeds >> np.uint64(1)).tolist()
+
+
+def _seed() -> int:
+    return (torch.initial_seed() if _order_seed is None else _order_seed) % 2**64

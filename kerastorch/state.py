@@ -37,6 +37,7 @@ def state_of(model: Any, callbacks: Iterable[Any] = ()) -> dict[str, Any]:
         "scaler": None if scaler is None else scaler.state_dict(),
         "epochs_trained": model.epochs_trained,
         "history": _history_state(model.history),
+        "run": model._run_state(),
         "callbacks": [[type(one).__name__, getattr(one, "state_dict", dict)()] for one in callbacks],
     }
 

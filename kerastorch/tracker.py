@@ -7,6 +7,7 @@ cost of a metric is a few operations per `MAX_PENDING` steps instead of a few pe
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -133,7 +134,8 @@ class Tracker:
         logged = self.logged
 
         def read() -> dict[str, float]:
-            if self._pending is pending and len(pending) == number:
+            # Means can be read without summing: in which portions they are summed is not to depend on who looks.
+            if self.stateful and self._pending is pending and len(pending) == number:
                 self._flush()
                 return self._read(self._sums, logged) | others
             return self._read(_add(sums, self._measure(pending[:number], samples)) if number else sums, logged) | others
@@ -144,6 +146,29 @@ class Tracker:
         """The means of everything added since `reset`: the one read of an epoch."""
         self._flush()
         return self._read(self._sums, self.logged)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was taken in since `reset`, as it is kept: tensors and plain data."""
+        return {
+            "sums": self._sums,
+            "pending": list(self._pending),
+            "shape": self._shape,
+            "batch_samples": self._batch_samples,
+            "capacity": self._capacity,
+            "samples": self.samples,
+            "logged": dict(self.logged),
+            "stateful": [metric.state_dict() for _, metric in self.stateful],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Goes on from a state of the same loss and metrics."""
+        state = map_structure(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, dict(state))
+        self._sums, self._pending = state["sums"], list(state["pending"])
+        self._shape, self._batch_samples, self._capacity = state["shape"], state["batch_samples"], state["capacity"]
+        self.samples, self.logged = state["samples"], state["logged"]
+        for (_, metric), saved in zip(self.stateful, state["stateful"], strict=True):
+            metric.load_state_dict(saved, device)
+        self._is_unproven = self._is_unproven and not self.has_batches  # else sums would be of other portions
 
     @torch.no_grad()
     def _flush(self) -> None:

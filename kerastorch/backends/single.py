@@ -38,6 +38,11 @@ class Single:
                 f'Give backend="cpu", or "auto" for the best there is.'
             )
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `feed` takes a batch before the one before it is done with."""
+        return self.device.type == "cuda"
+
     def place(self, module: nn.Module) -> nn.Module:
         """Moves the module's parameters and buffers to the device, in place."""
         return module.to(self.device)

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, MutableMapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import read
-from ..seeding import random_state
 from .base import Callback
-from .files import make_folder
+from .files import link_or_copy, make_folder
 
 
 class BackupAndRestore(Callback):
     """Backs up the whole run while it trains; `fit` with a backup in the folder goes on from there.
 
-    The backup has weights, optimizers, schedules, history, all callbacks' states and the random numbers; it is made
-    between two epochs, or between two batches, when all callbacks have done their part. The run that goes on takes the
-    steps that the other would have taken, bit for bit on the CPU. With `save_freq` in batches it goes through those
-    before the backup once more, without training on them, and the means that this one epoch logs are those of its other
-    batches. What cannot be exact: samples that are augmented at random, and the order of a loader that shuffles, beside
-    `steps_per_epoch` as a count.
+    The backup has weights, optimizers, schedules, history, all callbacks' states, the random numbers and the place in
+    the data, within an epoch and between two optimizer steps too. The run that goes on takes the steps that the other
+    would have taken, bit for bit on the CPU. A run that a signal (Ctrl-C, SIGTERM, SIGUSR1), `max_steps` or `max_time`
+    ends is backed up once more, at its last batch.
 
     Args:
         backup_dir: Folder of the backup, of this run alone.
-        save_freq: `"epoch"`, or a number of training batches: then at the first batch after so many at which no
-            gradients are gathered. Default: `"epoch"`.
+        save_freq: `"epoch"`, or after how many training batches. Default: `"epoch"`.
         double_checkpoint: Whether the backup before is kept too, to go on from where the newest is damaged. Default:
             `False`.
-        delete_checkpoint: Whether a run that comes to its end removes the backup; one ended by Ctrl-C or `max_time`
+        delete_checkpoint: Whether a run that comes to its end removes the backup; one ended by a signal or `max_time`
             keeps it. Default: `True`.
     Raises:
         ValueError: a folder without a name, or a `save_freq` that is neither. In `fit`: a backup of another model, or
@@ -59,20 +53,14 @@ class BackupAndRestore(Callback):
             raise ValueError(f'save_freq={save_freq!r} is not known. Give "epoch", or a number of batches from 1 up.')
         self.backup_dir = Path(backup_dir)
         self.save_freq, self.double_checkpoint, self.delete_checkpoint = save_freq, double_checkpoint, delete_checkpoint
-        self._position: dict[str, Any] = {}
-        self._is_loaded = False
+        self._batches = 0
+        self._is_loaded = self._is_paused = False
+        if save_freq == "epoch":
+            self.on_train_batch_end = super().on_train_batch_end  # none, so that the loop calls none
 
-    def restored(self) -> dict[str, Any] | None:
-        """The state to go on from; `None` = there is no backup."""
-        files = [path for path in (self._newest, self._previous) if path.exists()]
-        for path in files:
-            try:
-                return read(path)
-            except ValueError as error:
-                if path == files[-1]:
-                    raise
-                warnings.warn(f"{error} The run goes on from the backup before.", stacklevel=3)
-        return None
+    def backups(self) -> list[Path]:
+        """The files to go on from that are there, the newest first."""
+        return [path for path in (self._newest, self._previous) if path.exists()]
 
     @property
     def _newest(self) -> Path:
@@ -84,45 +72,37 @@ class BackupAndRestore(Callback):
 
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
         make_folder(self._newest.parent, "BackupAndRestore")
-        self._batches, self._is_begun = 0, False
-        self._taken = self._position["batches"] if self._is_loaded else 0
-        self._is_loaded = False
+        self._batches = self._batches if self._is_loaded else 0
+        self._is_loaded = self._is_paused = False
 
-    def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
-        self._at_epoch = random_state()
-        if self._is_begun and self.save_freq == "epoch":
-            self._save(epoch, 0)
-        self._epoch, self._is_begun = epoch, True
-
-    def on_train_batch_begin(self, batch: int, logs: MutableMapping | None = None) -> None:
-        if self.save_freq != "epoch" and self._batches >= self.save_freq and not self.model.is_gathering:
-            self._save(self._epoch, batch)
-            self._batches = 0
+    def on_train_batch_end(self, batch: int, logs: MutableMapping | None = None) -> None:
         self._batches += 1
-        self._taken += 1
+        if self._batches >= self.save_freq:
+            self._batches = 0
+            self.model.at_safe_point(self._save)
+
+    def on_epoch_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        if self.save_freq == "epoch" and not self._is_paused:  # then it is the end of an epoch that was cut
+            self.model.at_safe_point(self._save)
+
+    def on_train_pause(self) -> None:
+        if self.model.history.stopped_by != "stop_training":
+            self.model.at_safe_point(self._save)
+            self._is_paused = True
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
-        if self.delete_checkpoint and self.model.history.stopped_by not in ("interrupt", "max_time"):
+        if self.delete_checkpoint and self.model.history.stopped_by in (None, "stop_training", "max_steps"):
             for path in (self._newest, self._previous):
                 path.unlink(missing_ok=True)
 
-    def _save(self, epoch: int, batch: int) -> None:
-        self._position = {
-            "epoch": epoch,
-            "batch": batch,
-            "steps": self.model.steps_taken,
-            "batches": self._taken,
-            # A loader draws the order of an epoch when it begins.
-            "random_at_epoch": self._at_epoch,
-            "random": random_state() if batch else self._at_epoch,
-        }
+    def _save(self) -> None:
         if self.double_checkpoint and self._newest.exists():
-            os.replace(self._newest, self._previous)
+            link_or_copy(self._newest, self._previous)
         self.model.save(self._newest)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in the run the backup was made."""
-        return self._position
+        """Batches since the last backup."""
+        return {"batches": self._batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._position, self._is_loaded = dict(state), True
+        self._batches, self._is_loaded = state.get("batches", 0), True

@@ -60,6 +60,14 @@ class Callback:
         """After the last epoch, with its logs."""
 
     @_default
+    def on_train_pause(self) -> None:
+        """Before a run ends early, by a signal, a limit or `stop_training`: what is saved now goes on exactly here.
+
+        The epoch that is cut is not over yet: what it still gets (a step on gradients that are gathered, a validation,
+        `on_epoch_end`) comes later. `self.model.history.stopped_by` says why.
+        """
+
+    @_default
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
         """Before an epoch, counted from 0."""
 

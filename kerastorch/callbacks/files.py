@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
+
+from ..checkpoint import replacing
 
 
 def make_folder(folder: str | os.PathLike, owner: str) -> Path:
@@ -28,3 +31,12 @@ def make_folder(folder: str | os.PathLike, owner: str) -> Path:
             error.errno,
             f"{owner} cannot write to {str(folder)!r}: {error.strerror}. Give a folder that can be written to.",
         ) from error
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Gives a file a second name, in the place of what is there; a copy where the file system has no links."""
+    with replacing(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)

@@ -1,0 +1,240 @@
+"""Samples by their numbers: a DataLoader that begins anywhere in its order, seeds what is random in each sample, and
+says which sample it was that failed.
+
+torch's own loader does the fetching. It is made anew from the parts of the user's: order, collation, workers and the
+random numbers that it draws are the same.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, get_worker_info
+
+from .seeding import GENERATORS, Generator, sample_seeds
+
+KEPT = 256  # batches whose samples are remembered: loaders fetch ahead
+
+
+class Recent:
+    """The numbers of the samples in the last batches that were asked for."""
+
+    def __init__(self) -> None:
+        self._batches: deque = deque(maxlen=KEPT)
+        self.note = self._batches.append  # called with (number of the pass, number of the batch, samples)
+
+    def of(self, number: int, batch: int) -> list[int] | None:
+        """The samples of a batch, as their dataset numbers them; `None` = too long ago."""
+        found = (samples for one, other, samples in self._batches if (one, other) == (number, batch))
+        samples = next(found, None)
+        return None if samples is None else [samples] if isinstance(samples, int) else list(samples)
+
+
+class NamingDataset:
+    """A dataset whose errors name the sample.
+
+    With `is_seeded`, samples are asked for as `(seed, number)`, and what they draw depends on the seed alone.
+    """
+
+    def __init__(self, dataset: Any, is_seeded: bool = False) -> None:
+        self.dataset, self.is_seeded = dataset, is_seeded
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Any) -> Any:
+        index = self._begin(key)
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            raise _naming(error, f"sample {index}") from error
+
+    def __getitems__(self, keys: list[Any]) -> list[Any]:
+        if not getattr(self.dataset, "__getitems__", None):
+            return [self[key] for key in keys]
+        self._begin(keys[0])
+        indices = [index for _, index in keys] if self.is_seeded else keys
+        try:
+            return self.dataset.__getitems__(indices)
+        except Exception as error:
+            raise _naming(error, f"samples {indices}") from error
+
+    def _begin(self, key: Any) -> Any:
+        """The number of a sample, once what it may draw from is seeded."""
+        if not self.is_seeded:
+            return key
+        seed, index = key
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        return index
+
+
+def _naming(error: Exception, what: str) -> Exception:
+    """The error again, of its own type where that takes a message alone, with what was asked for in it."""
+    message = f"{error} (raised by the dataset for {what})"
+    try:
+        return type(error)(message)
+    except Exception:  # a type that wants other arguments
+        return RuntimeError(f"{type(error).__name__}: {message}")
+
+
+class IndexedLoader:
+    """A loader over a dataset with numbered samples, from any batch on.
+
+    Random numbers that a sample draws in a worker depend on the seed, the pass and its place in the order, and not on
+    what the worker did before: as many workers as you like, and a run that goes on, give the same samples.
+
+    Args:
+        loader: One that `fits`; it is left as it is.
+    Attributes:
+        caveat: What cannot be exact in a run that goes on within a pass; `None` = nothing.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader, self._recent = loader, Recent()
+        self.indices = self._recent.of
+        self.caveat = _caveat(loader)
+        if loader not in _whole:
+            _whole[loader] = _made_of(loader, order := _Keys(loader._index_sampler)), order
+        self._all, self._order = _whole[loader]
+
+    @staticmethod
+    def fits(loader: DataLoader) -> bool:
+        """Whether it is torch's own, over a dataset with numbered samples."""
+        own = (type(loader).__iter__, type(loader)._get_iterator) == (DataLoader.__iter__, DataLoader._get_iterator)
+        return own and not isinstance(loader.dataset, IterableDataset)
+
+    def batches(self, number: int, start: int) -> Iterator[Any]:
+        """The batches of a pass from one on; those before it are not loaded."""
+        loader = self.loader
+        if not start:
+            self._order.begin(number, self._recent, is_seeded=loader.num_workers > 0)
+            return iter(self._all)
+        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # as `iter(loader)` does first
+        order = _Keys(positioned(loader._index_sampler, start))
+        order.begin(number, self._recent, is_seeded=loader.num_workers > 0, start=start)
+        return iter(_made_of(loader, order, generator=torch.Generator(), persistent_workers=False))
+
+
+# Made once for each loader, so that workers that are to persist do so from one `fit` to the next.
+_whole: WeakKeyDictionary = WeakKeyDictionary()
+
+
+class _Keys:
+    """The order of a loader, with a seed beside the number of each sample where that is wanted."""
+
+    def __init__(self, order: Iterable[Any]) -> None:
+        self.order = order
+
+    def begin(self, number: int, recent: Recent, is_seeded: bool, start: int = 0) -> None:
+        self.number, self.recent, self.is_seeded, self.start = number, recent, is_seeded, start
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[Any]:
+        number, note = self.number, self.recent.note
+        for batch, samples in enumerate(self.order, self.start):
+            note((number, batch, samples))
+            if not self.is_seeded:
+                yield samples
+            elif isinstance(samples, (list, tuple)):
+                yield list(zip(sample_seeds(number, batch, len(samples)), samples, strict=True))
+            else:
+                yield sample_seeds(number, batch, 1)[0], samples
+
+
+def _made_of(loader: DataLoader, order: _Keys, **options: Any) -> DataLoader:
+    """A loader with all settings of another, in an order of its own."""
+    has_workers = loader.num_workers > 0
+    settings = {
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": _WorkerStart(loader.worker_init_fn) if has_workers else None,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "generator": loader.generator,
+        "prefetch_factor": loader.prefetch_factor,
+        "persistent_workers": loader.persistent_workers,
+        "in_order": loader.in_order,
+    }
+    is_whole = loader.batch_sampler is None  # samples come as they are
+    ordered = {"sampler": order, "batch_size": None} if is_whole else {"batch_sampler": order}
+    return DataLoader(NamingDataset(loader.dataset, is_seeded=has_workers), **ordered, **settings | options)
+
+
+class _WorkerStart:
+    """What a worker begins with: signals sent to all processes of a run are for the main one to act on."""
+
+    def __init__(self, own: Callable[[int], None] | None) -> None:
+        self.own = own
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "SIGUSR1"):
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _ignore_once)
+        info = get_worker_info()
+        vars(info)["dataset"] = info.dataset.dataset  # the user's, for whoever asks
+        if self.own is not None:
+            self.own(worker)
+
+
+def _ignore_once(number: int, frame: Any) -> None:
+    """The first SIGTERM may have gone to all processes; with the second somebody means this one."""
+    signal.signal(number, lambda number, frame: os._exit(1))
+
+
+def positioned(order: Iterable[Any], start: int) -> Iterable[Any]:
+    """Batches of numbers from one on, whose beginning is drawn, and what is before it left out, within the call."""
+    if not start:
+        return order
+    if type(order) is BatchSampler:  # goes by numbers instead of lists of them
+        numbers = _without(iter(order.sampler), start * order.batch_size)
+        return BatchSampler(numbers, order.batch_size, order.drop_last)
+    return _without(iter(order), start)
+
+
+def skipping(data: Iterable[Any], start: int) -> Iterator[Any]:
+    """What data gives from an item on, which takes reading it up to there, within the call."""
+    return _without(iter(data), start)
+
+
+def _without(items: Iterator[Any], number: int) -> Iterator[Any]:
+    if number:
+        next(islice(items, number - 1, number), None)
+    return items
+
+
+def generators_in(owner: Any, depth: int = 2) -> list[Generator]:
+    """Random number generators among the attributes of an object, and among those of its attributes."""
+    held = list(getattr(owner, "__dict__", {}).values())
+    found = [one for one in held if isinstance(one, GENERATORS)]
+    if depth > 1:
+        found += [one for part in held if not isinstance(part, GENERATORS) for one in generators_in(part, depth - 1)]
+    return list({id(one): one for one in found}.values())
+
+
+def _caveat(loader: DataLoader) -> str | None:
+    if not loader.num_workers:
+        return None
+    if not loader.in_order:
+        return "a DataLoader with in_order=False gives its batches in whatever order they are ready"
+    if generators_in(loader.dataset):
+        return (
+            "the dataset has a random number generator of its own, which each worker has a copy of: a run that goes "
+            "on within a pass draws other numbers from it. Draw from random, numpy.random or torch, which are seeded "
+            "for each sample"
+        )
+    return None
