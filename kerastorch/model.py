@@ -1152,7 +1152,6 @@ class Model:
             return
         history, epochs_trained, stop_training = self.history, self.epochs_trained, self.stop_training
         state, callbacks, training = copy.deepcopy(state_of(self)), self._callbacks, self._training
-        ended = self._ended_run
         frozen, trained = list(self._frozen), [(one, one.requires_grad) for one in self.module.parameters()]
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]  # those that no file has, too
         optimizers = [update.optimizer for update in self.updates.values()]
@@ -1175,7 +1174,6 @@ class Model:
                     for buffer, before in buffers:
                         buffer.copy_(before)
                 self._frozen[:], self._callbacks, self._training = frozen, callbacks, training
-                self._ended_run = ended
                 restore(self, state)
                 self.history, self.epochs_trained, self.stop_training = history, epochs_trained, stop_training
 

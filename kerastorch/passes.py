@@ -133,16 +133,19 @@ class Passes:
 
     def _endless(self, batches: Iterator | None) -> Iterator:
         """Pass after pass, until one is empty or the only one is over; first the rest of one."""
-        number, offset, done = self._next_pass(), self._done, 0
-        if batches is not None:
+        if batches is None:
+            number, offset, start = self._next_pass(), self._done, 0
+        else:
             number, offset = self._running.number, self._running.offset
-            done = self._done - offset
+            start = self._done - offset
         while True:
-            for done, batch in enumerate(self._begin(number, offset) if batches is None else batches, done + 1):
+            taken = start
+            batches = self._begin(number, offset) if batches is None else batches
+            for taken, batch in enumerate(batches, start + 1):  # noqa: B007
                 yield batch
-            if done == 0 or not self.data.repeats:
+            if taken == 0 or not self.data.repeats:
                 return
-            number, offset, done, batches = number + 1, offset + done, 0, None
+            number, offset, start, batches = number + 1, offset + taken, 0, None
 
     def _noting(self, batches: Iterator) -> Iterator:
         """Keeps the random numbers of before each batch, which is fetched while others are still drawn from them."""

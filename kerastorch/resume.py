@@ -165,8 +165,8 @@ def find_saved(resume: Any, callbacks: Iterable[Any]) -> tuple[dict[str, Any], s
     """The state to go on from, and the name of its file; `None` = there is none, a run begins.
 
     Args:
-        resume: A path; `True` = the newest of the files that callbacks have written; `None` = that of one that backs up.
-        callbacks: Those with `backups()` are asked without being told, those with `saved_files()` where it is `True`.
+        resume: A path; `True` = the newest of the files of callbacks; `None` = the newest of those that are backups.
+        callbacks: Those with `backups()` are always asked, those with `saved_files()` where `resume` is `True`.
     Raises:
         OSError: there is no such file.
         TypeError, ValueError: the file is damaged or something else; or no callback writes files to go on from.

@@ -186,7 +186,7 @@ class _WorkerStart:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _ignore_once)
         info = get_worker_info()
-        vars(info)["dataset"] = info.dataset.dataset  # the user's, for whoever asks
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # the user's, for whoever asks
         if self.own is not None:
             self.own(worker)
 

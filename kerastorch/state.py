@@ -85,6 +85,7 @@ def restore(model: Any, state: Mapping[str, Any], source: str = "the state") -> 
     if scaler is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     model.epochs_trained, model.history = state["epochs_trained"], _history_from(state["history"])
+    model._ended_run = state.get("run")
 
 
 def restore_callbacks(callbacks: Iterable[Any], state: Mapping[str, Any]) -> None:
