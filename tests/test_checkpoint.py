@@ -69,7 +69,7 @@ def test_the_file_says_who_wrote_it_and_torch_reads_it_safely(tmp_path):
     content = torch.load(tmp_path / "state.pt", weights_only=True)
     assert content == {
         "format": "kerastorch checkpoint",
-        "version": 1,
+        "version": 2,
         "kerastorch": kt.__version__,
         "torch": torch.__version__,
         "state": {"a": 1},
@@ -271,8 +271,9 @@ def zipped(name):
     return buffer.getvalue()
 
 
-GOOD = saved({"format": "kerastorch checkpoint", "version": 1, "state": {"a": torch.ones(1000)}})
-NEWER = {"format": "kerastorch checkpoint", "version": 2, "kerastorch": "9.1", "state": {}}
+OURS = {"format": "kerastorch checkpoint", "version": 1, "kerastorch": "0.1.0", "state": {}}
+GOOD = saved(OURS | {"state": {"a": torch.ones(1000)}})
+NEWER = OURS | {"version": 3, "kerastorch": "9.1"}
 LIGHTNING = {"pytorch-lightning_version": "2.6.0", "state_dict": {}}
 
 
@@ -305,7 +306,7 @@ LIGHTNING = {"pytorch-lightning_version": "2.6.0", "state_dict": {}}
         (saved({}), "is a torch file with a dict of somebody else's"),
         (
             saved(NEWER),
-            "was written by kerastorch 9.1 in format 2, and this one reads up to format 1. Install kerastorch 9",
+            "was written by kerastorch 9.1 in format 3, and this one reads up to format 2. Install kerastorch 9",
         ),
     ],
 )
@@ -387,7 +388,9 @@ def test_any_torch_user_can_load_the_weights(tmp_path, classifier):
     plain.load_state_dict(weights)
     assert same_weights(plain, model.module)
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        metadata = file.metadata()
+    digest = checkpoint.hexdigest_of_weights(weights)
+    assert metadata == {"format": "pt", "kerastorch": kt.__version__, "sha256": digest}
 
 
 def test_tied_weights_are_there_by_each_name_and_stay_tied(tmp_path):
