@@ -244,6 +244,7 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> Non
             # "pt" says whose layout it is, for other libraries.
             metadata = {"format": "pt", "kerastorch": __version__, "sha256": hexdigest_of_weights(tensors)}
             save_file(tensors, temporary, metadata=metadata)
+            _put_metadata_in_order(temporary, metadata)
         except (KeyError, NotImplementedError, ValueError) as error:  # a dtype or a device
             raise TypeError(f"safetensors has no form for {error}. Call model.save, which keeps everything.") from error
         temporary.chmod(mode)  # safetensors lets nobody else read what it writes
@@ -291,6 +292,13 @@ def hexdigest_of_weights(weights: Mapping[str, Tensor]) -> str:
     for _, tensor in named:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # where they lie: nothing is copied
     return digest.hexdigest()
+
+
+def _put_metadata_in_order(path: Path, metadata: dict[str, str]) -> None:
+    """Equal weights make equal files: safetensors writes its metadata in an order of chance."""
+    with open(path, "r+b") as file:
+        file.seek(8)  # after the length of the header, which it begins
+        file.write(b'{"__metadata__":' + json.dumps(metadata, separators=(",", ":")).encode())
 
 
 def _are_whole(path: Path) -> bool:

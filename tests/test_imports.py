@@ -7,7 +7,7 @@
                      > microbatch, tbptt, overrides > step
                      > data > tensors, seeding, structures             callbacks.* > callbacks.base
                      > backends > structures
-                     > checks, summary > tracing                  callbacks.checkpoint, state, averages > checkpoint > kinds, writing
+                     > checks, summary > tracing     callbacks.checkpoint, state, averages > checkpoint > kinds, writing
                      > preflight > loop, data, losses, ...
 
 Backends know torch and nesting, never models, loops, data or callbacks. Nothing imports `model` but the package itself.
