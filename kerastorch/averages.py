@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .checkpoint import read_weights, refuse_ending, write_weights
+from .checkpoint import read_weights, refuse_ending, refuse_no_weights, write_weights
 
 
 def average_checkpoints(
@@ -26,7 +26,7 @@ def average_checkpoints(
     Returns:
         Tensors by name on the CPU, in the dtype of the files.
     Raises:
-        TypeError: one path alone, or tensors that safetensors has no form for.
+        TypeError: one path alone, or something in the files that is no dense tensor.
         ValueError: no path; a file that is damaged; names, shapes or dtypes that are not those of the first file.
         OSError: there is no such file, or the output cannot be written.
     Example:
@@ -44,16 +44,17 @@ def average_checkpoints(
     paths = _listed(paths)
     if output is not None:
         refuse_ending(output, is_weights=True)
-    sums: dict[str, Tensor] = {}
+    forms, sums, dtypes = None, {}, {}
     for path in paths:
         weights = read_weights(path)
-        forms = {name: _form(value) for name, value in weights.items()}
-        if path is paths[0]:
-            expected = forms
-        _refuse_other_forms(forms, expected, path, paths[0])
-        for name, value in weights.items():
-            sums[name] = _added(sums.get(name), value)
-    mean = {name: _divided(total, len(paths), weights[name]) for name, total in sums.items()}
+        refuse_no_weights(weights)
+        found = {name: _form(value) for name, value in weights.items()}
+        forms = forms or found
+        _refuse_other_forms(found, forms, path, paths[0])
+        for name in found:
+            value = weights.pop(name)  # and is gone before the next file is read
+            sums[name], dtypes[name] = _added(sums.get(name), value), value.dtype
+    mean = {name: _divided(sums.pop(name), len(paths), dtypes[name]) for name in forms}
     if output is not None:
         write_weights(output, mean)
     return mean
@@ -68,24 +69,18 @@ def _listed(paths: Iterable[str | os.PathLike]) -> list[str | os.PathLike]:
     return paths
 
 
-def _is_averaged(value: object) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
 def _added(total: Tensor | None, value: Tensor) -> Tensor:
-    if not _is_averaged(value):
-        return value
+    if not value.dtype.is_floating_point and not value.dtype.is_complex:
+        return value.clone()
     wide = value.to(torch.complex128 if value.is_complex() else torch.float64, copy=total is None)
     return wide if total is None else total.add_(wide)
 
 
-def _divided(total: Tensor, count: int, like: Tensor) -> Tensor:
-    return total.div_(count).to(like.dtype) if _is_averaged(like) else total
+def _divided(total: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    return total.div_(count).to(dtype) if dtype.is_floating_point or dtype.is_complex else total
 
 
-def _form(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
+def _form(value: Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
 
 
