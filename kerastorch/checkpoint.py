@@ -35,6 +35,7 @@ VERSION_OF_SEALS = 2  # from which on a file ends in a digest of itself
 
 SEAL = re.compile(rb"G\0sha256:([0-9a-f]{64})")  # at the end of the zip file: a comment, after its length
 SEAL_BYTES, NO_COMMENT = 73, b"\0\0"
+FOLDER = 0x10  # attribute of a part of a zip file
 
 SCALARS = (str, bytes, int, float, bool, type(None), torch.dtype, torch.device, torch.Size)
 TENSORS = (Tensor, nn.Parameter)
@@ -131,16 +132,19 @@ def _bytes_of_parts(file: BinaryIO, *, is_verified: bool) -> int:
     """Size of all that is in a zip file; refuses what torch would believe: a part of another sum or size."""
     with zipfile.ZipFile(file) as parts:
         infos = parts.infolist()
-        are_stored = all(
-            one.compress_type == zipfile.ZIP_STORED and one.file_size == one.compress_size for one in infos
-        )
         parts_bytes = sum(one.file_size for one in infos)
-        if not are_stored or parts_bytes > file.seek(0, os.SEEK_END) or len(set(parts.namelist())) < len(infos):
+        has_own_form = all(map(_has_own_form, infos)) and len(set(parts.namelist())) == len(infos)
+        if not has_own_form or parts_bytes > file.seek(0, os.SEEK_END):
             raise ValueError("its parts are not as torch writes them")
         broken = None if is_verified else parts.testzip()
     if broken is not None:
         raise ValueError(f"the checksum of {broken!r} in it is another")
     return parts_bytes
+
+
+def _has_own_form(part: zipfile.ZipInfo) -> bool:
+    is_stored = part.compress_type == zipfile.ZIP_STORED and part.file_size == part.compress_size
+    return is_stored and not part.external_attr & FOLDER  # of which torch reads nothing, into memory as it is
 
 
 def _bytes_of_tensors(content: Any) -> int:
