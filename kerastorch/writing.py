@@ -33,6 +33,8 @@ def replacing(path: str | os.PathLike, is_whole: Callable[[Path], bool] | None =
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{str(path)!r} is a folder. Give the path of a file in it.")
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, f"{str(path)!r} is a device or a pipe, and not to be replaced. Give another path.")
     before = sys.exc_info()[1]
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
