@@ -326,6 +326,7 @@ def _put_metadata_in_order(path: Path, metadata: dict[str, str]) -> None:
 
 
 def _are_whole(path: Path) -> bool:
+    path.stat()  # the system's own error where it is gone
     try:
         read_weights(path)
     except ValueError:
