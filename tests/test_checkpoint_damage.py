@@ -397,6 +397,7 @@ def test_a_tensor_larger_than_its_part_is_not_made_of_memory_of_others(memory):
             checkpoint.read(memory / "file")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_torchscript_is_no_checkpoint(tmp_path):
     (tmp_path / "a.pt").write_bytes(as_script(None))
     for read in (checkpoint.read, checkpoint.read_weights):
