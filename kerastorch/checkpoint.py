@@ -81,12 +81,27 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     kind = kind_of(path)
     if kind != "a torch file":
         raise ValueError(no_state(path, kind))
-    with open(path, "rb") as file:  # once: it may be replaced at any moment, and this one is verified
-        is_whole = _seal_holds(file)
-        if is_whole is False:
+    content, is_sealed = _loaded(path)
+    if not _is_own(content):
+        raise ValueError(what_foreign(path, content))
+    if content["version"] > VERSION:
+        raise ValueError(
+            f"{str(path)!r} was written by kerastorch {content['kerastorch']} in format {content['version']}, and this "
+            f"one reads up to format {VERSION}. Install kerastorch {content['kerastorch']} or newer."
+        )
+    if content["version"] >= VERSION_OF_SEALS and not is_sealed:
+        raise ValueError(damaged(path, "the SHA-256 that it was written with is not at its end"))
+    return content["state"]
+
+
+def _loaded(path: str | os.PathLike) -> tuple[Any, bool]:
+    """What is in a torch file, and whether it ends in a digest of itself; torch sees nothing before it holds."""
+    with open(path, "rb") as file:  # once: it may be replaced at any moment, and what is verified is what is read
+        holds = _seal_holds(file)
+        if holds is False:
             raise ValueError(damaged(path, "its SHA-256 is not the one it was written with"))
         try:
-            parts_bytes = _bytes_of_parts(file, is_verified=is_whole is True)
+            parts_bytes = _bytes_of_parts(file, is_verified=holds is True)
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
             if _bytes_of_tensors(content) > parts_bytes:  # torch 2.9 makes them of memory that is not theirs
@@ -95,21 +110,12 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
             raise ValueError(why_refused(path)) from error
         except Exception as error:  # of many types, as damage is
             raise ValueError(damaged(path, error)) from error
-    if not _is_own(content):
-        raise ValueError(what_foreign(path, content))
-    if content["version"] > VERSION:
-        raise ValueError(
-            f"{str(path)!r} was written by kerastorch {content['kerastorch']} in format {content['version']}, and this "
-            f"one reads up to format {VERSION}. Install kerastorch {content['kerastorch']} or newer."
-        )
-    if content["version"] >= VERSION_OF_SEALS and is_whole is None:
-        raise ValueError(damaged(path, "the SHA-256 that it was written with is not at its end"))
-    return content["state"]
+    return content, holds is True
 
 
 def _is_own(content: Any) -> bool:
     kinds = {"format": str, "version": int, "kerastorch": str, "state": dict}
-    has_kinds = type(content) is dict and all(type(content.get(name)) is kind for name, kind in kinds.items())
+    has_kinds = isinstance(content, dict) and all(isinstance(content.get(name), kinds[name]) for name in kinds)
     return has_kinds and content["format"] == MARK
 
 

@@ -77,6 +77,11 @@ def test_the_file_says_who_wrote_it_and_torch_reads_it_safely(tmp_path):
     }
 
 
+def test_a_state_may_be_any_dict(tmp_path):
+    checkpoint.write(tmp_path / "state.pt", OrderedDict(b=1, a=2))
+    assert same(checkpoint.read(tmp_path / "state.pt"), OrderedDict(b=1, a=2))
+
+
 def test_numpys_numbers_become_pythons(tmp_path):
     state = {"best": np.float64(0.5), "epoch": np.int32(3), "done": np.bool_(True), "name": np.str_("a")}
     checkpoint.write(tmp_path / "state.pt", state)
