@@ -207,7 +207,8 @@ def plain(value: Any, where: str, copied: Callable[[Tensor], Tensor] = Tensor.de
 def snapshot(state: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a state in the memory of the CPU, for a thread to write while training goes on.
 
-    Tensors that share memory share it in the copy. From a GPU it is copied into pinned memory, and waited for once.
+    Tensors that share memory share it in the copy, and each memory is copied once, as a whole. From a GPU it is copied
+    into pinned memory, and waited for once.
 
     Args:
         state: What `state_of` returned.
@@ -225,9 +226,9 @@ def snapshot(state: Mapping[str, Any]) -> dict[str, Any]:
     streams = {}
 
     def copied(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().resolve_conj().resolve_neg()  # the storage alone does not say that it is either
-        if tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
-            return tensor.to("cpu", copy=True)
+        is_odd = tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg()  # more than what its memory says
+        if is_odd or tensor.device.type not in ("cpu", "cuda"):
+            return tensor.detach().to("cpu", copy=True)
         storage = tensor.untyped_storage()
         memory = tensor.device, storage.data_ptr(), storage.nbytes()
         if memory not in storages:

@@ -205,6 +205,16 @@ def test_tensors_that_share_memory_share_it_in_the_copy_as_much_as_they_did():
     assert len(set(memories)) == 5 and not any(one.requires_grad for one in found["alone"])
 
 
+def test_views_that_say_more_than_their_memory_are_copied_as_they_are():
+    numbers = [torch.tensor([complex(one, one)] * 1000) for one in range(10)]
+    state = {"conj": [one.conj() for one in numbers], "negative": [one.conj().imag for one in numbers]}
+    found = checkpoint.snapshot(state)
+    for one in range(10):
+        assert found["conj"][one][0] == complex(one, -one) and found["negative"][one][0] == -one
+    numbers[1].zero_()
+    assert found["conj"][1][0] == 1 - 1j
+
+
 def test_a_memory_of_many_tensors_is_copied_once(monkeypatch):
     flat, copies = torch.arange(1000.0), []
     copied = checkpoint._copied_storage
