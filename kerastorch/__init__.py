@@ -3,6 +3,7 @@
 from . import backends as backends
 from . import callbacks as callbacks
 from . import schedules as schedules
+from .averages import average_checkpoints as average_checkpoints
 from .callbacks import Callback as Callback
 from .history import History as History
 from .model import Model as Model

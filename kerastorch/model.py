@@ -52,7 +52,7 @@ from .position import Position
 from .precision import scaled_backward
 from .resume import Run, find_saved
 from .seeding import random_state_kept
-from .state import refuse_unlike, restore, restore_callbacks, state_of
+from .state import refuse_unlike, reshaped_of, restore, restore_callbacks, state_of
 from .step import (
     Recipe,
     Update,
@@ -621,7 +621,7 @@ class Model:
         checkpoint.refuse_ending(path, is_weights=True)
         checkpoint.write_weights(path, self.module.state_dict())
 
-    def load_weights(self, path: str | os.PathLike, *, strict: bool = True) -> Model:
+    def load_weights(self, path: str | os.PathLike, *, strict: bool = True, skip_mismatch: bool = False) -> Model:
         """Puts weights into the module; optimizer and all else stay as they are.
 
         Args:
@@ -629,14 +629,21 @@ class Model:
                 weights.
             strict: Whether all names must be there, and no others; `False` takes those that are and warns of the rest.
                 Default: `True`.
+            skip_mismatch: Whether tensors of another shape are left out, with a warning, as for a head of another
+                number of classes. Default: `False`, they are refused.
         Returns:
             The model.
         Raises:
-            ValueError: names or shapes are not the module's, which is as it was; or the file is damaged, or no such.
+            ValueError: names or shapes are not the module's, or nothing fits; the module is as it was. Or the file is
+                damaged, or no such.
             OSError: there is no such file.
+
+        Source: `skip_mismatch`: Keras, `Model.load_weights`.
         """
         weights = checkpoint.read_weights(path)
-        differences = refuse_unlike(self.module, weights, repr(str(path)), strict)
+        differences = refuse_unlike(self.module, weights, repr(str(path)), strict, skip_mismatch)
+        for name in reshaped_of(self.module, weights):
+            del weights[name]
         self.module.load_state_dict(weights, strict=False)
         if differences:
             warnings.warn(f"{str(path)!r} was loaded but for what is {'; '.join(differences)}.", stacklevel=2)

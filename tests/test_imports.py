@@ -7,7 +7,7 @@
                      > microbatch, tbptt, overrides > step
                      > data > tensors, seeding, structures             callbacks.* > callbacks.base
                      > backends > structures
-                     > checks, summary > tracing                  callbacks.checkpoint, state > checkpoint
+                     > checks, summary > tracing     callbacks.checkpoint, state, averages > checkpoint > kinds, writing
                      > preflight > loop, data, losses, ...
 
 Backends know torch and nesting, never models, loops, data or callbacks. Nothing imports `model` but the package itself.
@@ -26,7 +26,7 @@ import kerastorch
 
 PACKAGE = Path(kerastorch.__file__).parent
 BELOW = {
-    "__init__": {"backends", "callbacks", "history", "model", "schedules", "seeding"},
+    "__init__": {"averages", "backends", "callbacks", "history", "model", "schedules", "seeding"},
     "arguments": {"structures", "tensors"},
     "model": {
         "arguments", "backends", "callbacks.base", "callbacks.progress", "checkpoint", "checks", "compilation",
@@ -80,7 +80,10 @@ BELOW = {
     "backends.__init__": {"backends.single"},
     "backends.single": {"structures"},
     "state": {"checkpoint", "history"},
-    "checkpoint": {"__version__"},  # a name, not a file
+    "averages": {"checkpoint"},
+    "checkpoint": {"__version__", "kinds", "writing"},  # the first a name, not a file
+    "kinds": set(),
+    "writing": set(),
     "callbacks.__init__": {f"callbacks.{path.stem}" for path in (PACKAGE / "callbacks").glob("*.py")},
     "callbacks.averaging": {"callbacks.base", "callbacks.rates"},
     "callbacks.backup": {"callbacks.base", "callbacks.files", "checkpoint", "seeding"},
