@@ -30,7 +30,7 @@ BELOW = {
     "arguments": {"structures", "tensors"},
     "model": {
         "arguments", "backends", "callbacks.base", "callbacks.progress", "checkpoint", "checks", "compilation",
-        "computation", "data", "history", "limits", "loop", "losses", "metrics", "microbatch", "optimizers",
+        "computation", "data", "export", "history", "limits", "loop", "losses", "metrics", "microbatch", "optimizers",
         "overrides", "patterns", "precision", "preflight", "seeding", "state", "step", "structures", "summary", "tbptt",
         "tensors", "tracker",
     },
@@ -54,6 +54,7 @@ BELOW = {
     "tensors": {"structures"},
     "checks": {"callbacks.base", "structures"},
     "durations": set(),
+    "export": {"checkpoint", "seeding", "step", "structures"},
     "flops": set(),
     "summary": {"tracing"},
     "preflight.__init__": {
@@ -114,6 +115,9 @@ HEAVY = (REQUIRED - {"torch", "numpy"}) | {
     "tensorboard",
     "mlflow",
     "wandb",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 }
 
 
