@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,11 @@ ONNX_BYTES = 2**31  # of one file, which is a protobuf message
 
 # Largest difference that is rounding, in parts of the largest output. Between runtimes the order of sums differs.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-CHATTY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")  # loggers
+CHATTY = ("torch", "torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")  # loggers
+OF_TORCH_ITSELF = (  # warnings of its own recurrent layers, which keep a list of their weights, and of its reader
+    r"The tensor attributes? self\.\S*_flat_weights",
+    "The given buffer is not writable",
+)
 
 Program = Callable[[Any], list[Tensor]]  # from a batch of inputs to all tensors that come out
 
@@ -77,7 +84,7 @@ def export(
         with replacing(path) as temporary:
             write(program, temporary, output, dynamic_batch)
             if check:
-                loaded = load(temporary)
+                loaded = _read_back(load, temporary, str(path))
                 for size in (traced, traced + 1, 1) if dynamic_batch else (samples,):
                     _compare(loaded, module, _of_size(x, size), tolerance, str(path))
 
@@ -164,12 +171,12 @@ def _silenced() -> Iterator[None]:
     """Without the exporters' notes on themselves; warnings of what is wrong with the module are still shown."""
     levels = [(logger, logger.level) for logger in map(logging.getLogger, CHATTY)]
     for logger, _ in levels:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)  # what is an error is raised, too
     with warnings.catch_warnings():
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
-        # Torch's own recurrent layers keep a list of their parameters.
-        warnings.filterwarnings("ignore", message=r"The tensor attributes? self\.\S*_flat_weights")
+        for message in OF_TORCH_ITSELF:
+            warnings.filterwarnings("ignore", message)
         try:
             yield
         finally:
@@ -194,11 +201,10 @@ def _exported(module: nn.Module, x: Any, dynamic_batch: bool) -> torch.export.Ex
         return _trace(module, x, dynamic_batch)
     except Exception as error:  # of many types: `forward` is the user's
         if dynamic_batch and _is_traceable(module, x):
-            samples = len(next(leaves(x)))
             raise ValueError(
-                f"{type(module).__name__} was written for one batch size: {_reason(error)} Have forward take it from "
-                f"its input, as x.shape[0] or -1, or give dynamic_batch=False for a program that takes batches of "
-                f"{samples} samples alone."
+                f"{type(module).__name__} does not take batches of every size: {_reason(error)} Have forward take the "
+                f"size from its input, as x.shape[0] or -1, or give dynamic_batch=False for a program that takes "
+                f"batches of {len(next(leaves(x)))} samples alone."
             ) from error
         raise ValueError(
             f"torch.export cannot make a program of {type(module).__name__}: {_reason(error)} What forward does must "
@@ -216,7 +222,15 @@ def _trace(module: nn.Module, x: Any, dynamic_batch: bool) -> torch.export.Expor
         for leaf in leaves(x):
             collected[leaf] = {0: batch}
         shapes = collected.dynamic_shapes(module, positional, named)
-    return torch.export.export(module, positional, named, dynamic_shapes=shapes, strict=False)
+    capture = partial(torch.export.export, module, positional, named, dynamic_shapes=shapes)
+    with _prints_dropped():
+        try:
+            return capture(strict=False)
+        except Exception:
+            # Reads the code instead of running it: torch before 2.10 exports recurrent layers in no other way.
+            with suppress(Exception):
+                return capture(strict=True)
+            raise
 
 
 def _is_traceable(module: nn.Module, x: Any) -> bool:
@@ -227,12 +241,21 @@ def _is_traceable(module: nn.Module, x: Any) -> bool:
     return True
 
 
+@contextmanager
+def _prints_dropped() -> Iterator[None]:
+    """Without the graphs that torch.export prints when it fails; warnings are shown afterwards."""
+    with redirect_stderr(io.StringIO()), warnings.catch_warnings(record=True) as seen:
+        yield
+    for one in seen:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
 def _reason(error: BaseException) -> str:
     """The first line that says what is wrong, as a sentence."""
     lines = [line.strip(" -\t") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     is_title = lines[0].startswith("Constraints violated") and len(lines) > 1
-    reason = lines[1 if is_title else 0].partition(". If you")[0].rstrip(".")
-    return f"{reason}."
+    reason = re.split(r"\. If you| \(unhinted", lines[1 if is_title else 0])[0]  # advice on exporters' options
+    return f"{reason.rstrip('.')}."
 
 
 # The two formats.
@@ -254,10 +277,15 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, output: Any, 
     if stored >= ONNX_BYTES:
         raise ValueError(f"the weights take {stored} bytes, and an .onnx file holds {ONNX_BYTES}. Export to .pt2.")
     inputs = list(program.graph_signature.user_inputs)
-    shapes = [{0: "batch"}] * len(inputs) if dynamic_batch else None
+    shapes = [{0: "batch"}, *[None] * (len(inputs) - 1)] if dynamic_batch else None  # the others' is the same one
     try:
         converted = torch.onnx.export(
-            program, dynamo=True, verbose=False, dynamic_shapes=shapes, output_names=_output_names(output, inputs)
+            program,
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=shapes,
+            input_names=inputs,
+            output_names=_output_names(output, inputs),
         )
     except Exception as error:  # of many types
         raise ValueError(f"torch.onnx cannot translate the program: {_reason(error)} Export to .pt2.") from error
@@ -281,12 +309,7 @@ def _load_onnx(path: Path) -> Program:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of its own types
-        raise ValueError(
-            f"onnxruntime cannot run the program: {_reason(error)} Give check=False to have it."
-        ) from error
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
 
     def run(x: Any) -> list[Tensor]:
@@ -305,9 +328,23 @@ FORMATS: dict[str, tuple[Callable, Callable]] = {
 # Whether it is the same.
 
 
+def _read_back(load: Callable[[Path], Program], written: Path, path: str) -> Program:
+    try:
+        return load(written)
+    except Exception as error:  # of the runtime's own types
+        raise ValueError(
+            f"{path!r} was not written: the program cannot be loaded: {_reason(error)} Give check=False to have it "
+            f"as it is."
+        ) from error
+
+
 def _compare(program: Program, module: nn.Module, x: Any, tolerance: float | None, path: str) -> None:
-    wanted, found = _tensors(forward(module, x)), program(x)
-    told = f"{path!r} was not written: for a batch of {len(next(leaves(x)))} the program returns"
+    wanted, told = _tensors(forward(module, x)), f"{path!r} was not written: for a batch of {len(next(leaves(x)))} the"
+    try:
+        found = program(x)
+    except Exception as error:  # of the runtime's own types
+        raise ValueError(f"{told} program fails: {_reason(error)} {ADVICE}") from error
+    told += " program returns"
     shapes = [", ".join(str(tuple(one.shape)) for one in ones) for ones in (found, wanted)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{told} shapes {shapes[0]}, where the module returns {shapes[1]}. {ADVICE}")
