@@ -157,9 +157,11 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad(), random_state_kept(), _silenced():
             module.eval()
-            yield
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            try:
+                yield
+            finally:
+                for buffer, before in buffers:
+                    buffer.copy_(before)
     finally:
         torch.backends.mha.set_fastpath_enabled(had_fast_path)
         for part, mode in modes:
