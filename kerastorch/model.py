@@ -41,6 +41,7 @@ from .arguments import (
     with_labels,
 )
 from .callbacks.base import hooks_of
+from .callbacks.debugging import nan_finders
 from .callbacks.progress import is_notebook, progress_for
 from .compilation import Compiled
 from .computation import Overridden
@@ -1134,7 +1135,7 @@ class Model:
         checks.refuse_unknown_monitors(callbacks, names, is_validated)
 
     def _hooks(self, callbacks: list[Any], verbose: int | str, params: dict[str, Any]) -> Any:
-        callbacks = callbacks + progress_for(verbose, callbacks)
+        callbacks = nan_finders() + callbacks + progress_for(verbose, callbacks)
         hooks = hooks_of(callbacks)
         for callback in callbacks:
             for method, argument in (("set_params", params), ("set_model", self)):

@@ -26,13 +26,13 @@ import kerastorch
 
 PACKAGE = Path(kerastorch.__file__).parent
 BELOW = {
-    "__init__": {"backends", "callbacks", "history", "model", "schedules", "seeding"},
+    "__init__": {"backends", "callbacks", "debugging", "history", "model", "schedules", "seeding"},
     "arguments": {"structures", "tensors"},
     "model": {
-        "arguments", "backends", "callbacks.base", "callbacks.progress", "checkpoint", "checks", "compilation",
-        "computation", "data", "export", "history", "limits", "loop", "losses", "metrics", "microbatch", "optimizers",
-        "overrides", "patterns", "precision", "preflight", "seeding", "state", "step", "structures", "summary", "tbptt",
-        "tensors", "tracker",
+        "arguments", "backends", "callbacks.base", "callbacks.debugging", "callbacks.progress", "checkpoint", "checks",
+        "compilation", "computation", "data", "export", "history", "limits", "loop", "losses", "metrics", "microbatch",
+        "optimizers", "overrides", "patterns", "precision", "preflight", "seeding", "state", "step", "structures",
+        "summary", "tbptt", "tensors", "tracker",
     },
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
     "jit": {"computation", "losses", "memory", "structures"},
@@ -53,6 +53,7 @@ BELOW = {
     "data": {"seeding", "structures", "tensors"},
     "tensors": {"structures"},
     "checks": {"callbacks.base", "structures"},
+    "debugging": set(),
     "durations": set(),
     "export": {"checkpoint", "seeding", "step", "structures"},
     "flops": set(),
@@ -89,6 +90,7 @@ BELOW = {
         "callbacks.filenames", "callbacks.files", "callbacks.messages", "callbacks.monitoring", "checkpoint",
         "durations", "state",
     },
+    "callbacks.debugging": {"callbacks.base", "debugging", "structures"},
     "callbacks.functions": {"callbacks.base"},
     "callbacks.loggers": {"callbacks.base", "callbacks.files"},
     "callbacks.measuring": {"callbacks.base", "durations"},
