@@ -33,12 +33,10 @@ class debug_nan:  # called like a function, as torch's switches are
         ...     def forward(self, x):
         ...         return x.log()
         >>> model = kt.Model(torch.nn.Sequential(Log(), torch.nn.Linear(1, 1)), backend="cpu").compile("sgd", "mse")
-        >>> with kt.debug_nan():
+        >>> with kt.debug_nan():  # doctest: +ELLIPSIS
         ...     history = model.fit(x, x, shuffle=False, verbose=0)
         Traceback (most recent call last):
-        FloatingPointError: the loss of step 1 (epoch 1, batch 1, counted from 1) is nan. It began in '0' (Log), the \
-first layer whose result is not finite: it returned nan for rows [1] of the batch. Try a lower lr or clip=1.0 in \
-compile, look at these samples, and for a log, root or division of 0 add an eps.
+        FloatingPointError: the loss of step 1 (epoch 1, batch 1, counted from 1) is nan. It began in '0' (Log), ...
 
     Source: the two ways to use it are those of `torch.autograd.set_detect_anomaly`.
     """

@@ -143,8 +143,8 @@ class NaNFinder(Callback):
         self._rows_before = rows  # of the pieces of the batch so far
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        stepped = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        bad = _first_bad((self._names.get(id(parameter), "?"), parameter) for parameter in stepped)
+        stepped = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+        bad = _first_bad((self._names[id(one)], one) for one in stepped)
         if bad is not None:
             rates = ", ".join(sorted({f"{float(group['lr']):g}" for group in optimizer.param_groups}))
             self._fail(
@@ -218,9 +218,7 @@ class NaNFinder(Callback):
         if first.what == "inputs":
             told = f"It began in what forward of {call.caller} computes itself: it gave {first.kind} to {call}"
         else:
-            told = (
-                f"The first result that is not finite was that of {call}, whose inputs were: it returned {first.kind}"
-            )
+            told = f"It began in {call}, the first layer whose result is not finite: it returned {first.kind}"
         told += f" for {self._samples(first)}."
         own = [*call.layer.named_parameters(recurse=False), *call.layer.named_buffers(recurse=False)]
         spoiled = [name for name, tensor in own if torch.isnan(tensor).any()]
