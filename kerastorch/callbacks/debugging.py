@@ -144,7 +144,7 @@ class NaNFinder(Callback):
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
         stepped = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
-        bad = _first_bad((self._names[id(one)], one) for one in stepped)
+        bad = _first_bad((self._names.get(id(one), "outside of the module"), one) for one in stepped)
         if bad is not None:
             rates = ", ".join(sorted({f"{float(group['lr']):g}" for group in optimizer.param_groups}))
             self._fail(

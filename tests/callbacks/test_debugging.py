@@ -453,3 +453,145 @@ def test_a_validation_and_other_callbacks_may_see_nan(digits):
     model = model_of(nn.Sequential(linear(), Log()), lr=1e-3)
     with kt.debug_nan():
         model.fit(x, y, validation_data=(-x, y), callbacks=Predicts(), epochs=2, verbose=0)
+
+
+def test_compiled_modules_are_looked_into(digits):
+    x, y = digits
+    module = nn.Sequential(linear(), Function(lambda x: -x), nn.Sequential(Log()))
+    model = model_of(torch.compile(module, backend="eager"))
+    model.predict(x, verbose=0)  # compiled by now
+    assert "It began in '2.0' (Log), the first layer" in error_of(model, x, y)
+    with torch.no_grad():
+        module[0].weight[0, 0] = torch.nan
+    assert "parameter '0.weight' is nan before" in error_of(model, x, y)
+
+
+def test_forward_passes_that_are_not_trained_on_are_not_noted(digits, monkeypatch):
+    x, y = digits
+    noted, note = [], NaNFinder._note
+    monkeypatch.setattr(NaNFinder, "_note", lambda self, *given: noted.append(given[0]) or note(self, *given))
+
+    class Predicts(kt.Callback):
+        def on_train_batch_end(self, batch: int, logs=None) -> None:
+            before = len(noted)
+            self.model.predict(x, verbose=0)
+            assert len(noted) == before > 0
+
+        def on_validation_begin(self, logs=None) -> None:
+            self.before = len(noted)
+
+        def on_validation_end(self, logs=None) -> None:
+            assert len(noted) == self.before
+
+    with kt.debug_nan():
+        model_of(nn.Sequential(linear())).fit(x, y, validation_data=(x, y), callbacks=Predicts(), verbose=0)
+    assert set(noted) == {"inputs", "result", "result's gradient"}
+
+
+def test_what_was_computed_after_the_last_step_is_forgotten(digits):
+    class Watches(kt.Model):
+        batches = 0
+
+        def train_step(self, batch: tuple) -> None:
+            super().train_step(batch)
+            self.batches += 1
+            with torch.no_grad():
+                self.module[1](-batch[0])  # NaN, which nothing depends on
+
+    forward = Function(lambda x: x / 0 if model.batches == 1 else x)
+    model = model_of(nn.Sequential(linear(), Log(), forward), lr=1e-6, kind=Watches)
+    told = error_of(model, *digits)
+    assert told.startswith("the loss of step 2 (epoch 1, batch 2, counted from 1) is nan. It began in '2' (Function), ")
+
+
+@pytest.mark.filterwarnings("ignore:.*NaN")
+def test_errors_that_are_caught_do_not_confuse_it(digits):
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError
+
+    class Catches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fails = Fails()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with suppress(KeyError):
+                self.fails(x)
+            return torch.log(-x)
+
+    x, y = digits
+    assert "It began in '1' (Catches), the first layer" in error_of(model_of(nn.Sequential(linear(), Catches())), x, y)
+
+    class Twice(kt.Model):
+        def compute_loss(self, batch: tuple) -> Tensor:
+            self.module.fails = True
+            with suppress(KeyError):
+                self.module(torch.ones_like(batch[0]))
+            self.module.fails = False
+            return super().compute_loss(batch)
+
+    class FailsFirst(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return {}["no such"] if self.fails else super().forward(x)
+
+    told = error_of(model_of(FailsFirst(64, 10), kind=Twice), torch.where(x == 1, torch.nan, x), y)
+    assert "It began in the data: input[0] has nan" in told or "It began in the data: the input has nan" in told
+
+
+def test_results_that_are_not_by_sample_are_of_the_whole_batch(digits):
+    turned = nn.Sequential(linear(64, 12), Function(lambda x: x.T / 0), Function(lambda x: x.T))
+    assert f"It began in '1' (Function), the first layer whose result is not finite: it returned inf for {ALL_10}." in (
+        error_of(model_of(turned), *digits)
+    )
+
+
+def test_a_loss_function_behind_several_layers_is_not_taken_for_one_of_them(digits):
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (output * 0).square().sum(1).sqrt().mean()
+
+    told = error_of(model_of(nn.Sequential(linear(), linear(10, 10)), loss), *digits)
+    assert told.startswith(
+        f"the loss of {STEP} is finite, but the gradient of '1.weight' is nan. It began in the loss "
+    )
+
+
+def test_sparse_gradients_and_scripted_layers_go_through(digits):
+    x, y = digits
+    layers = nn.Embedding(17, 4, sparse=True), nn.Flatten(), torch.jit.script(nn.Linear(256, 10))
+    model = model_of(nn.Sequential(*layers))
+    with kt.debug_nan():
+        model.fit((x * 16).long(), y, verbose=0)
+    assert_nothing_left(model)
+
+
+def test_other_callbacks_do_not_see_what_is_not_finite(digits):
+    class Sees(kt.Callback):
+        seen = 0
+
+        def on_before_backward(self, loss: Tensor) -> None:
+            self.seen += 1
+
+    sees = Sees()
+    error_of(model_of(nn.Sequential(linear(), Function(lambda x: -x), Log())), *digits, callbacks=sees)
+    assert sees.seen == 0
+
+
+def test_a_switch_can_be_used_again():
+    switch = kt.debug_nan()
+    kt.debug_nan(False)
+    with switch:
+        assert debugging.is_on()
+    assert not debugging.is_on()
+
+
+def test_the_module_can_be_exported_meanwhile(digits, classifier, tmp_path):
+    class Exports(kt.Callback):
+        def on_train_batch_begin(self, batch: int, logs=None) -> None:
+            if batch == 1:
+                self.model.export(tmp_path / "net.pt2", (3, 64))
+
+    x, y = digits
+    with kt.debug_nan():
+        model_of(classifier).fit(x, y, callbacks=Exports(), verbose=0)
+    assert torch.export.load(tmp_path / "net.pt2").module()(x[:5]).shape == (5, 10)
