@@ -94,7 +94,8 @@ def test_steps_epochs_and_batches_are_counted_from_1(digits):
     model = model_of(nn.Sequential(linear(), Function(forward)))
     assert error_of(model, x, y, epochs=3, accumulate=2) == (
         f"the loss of step 11 (epoch 2, batch 5, counted from 1) is nan. It began in '1' (Function), the first layer "
-        f"whose result is not finite: it returned inf for {ALL_10}. {LAYER}"
+        f"whose result is not finite: it returned inf for samples [40, 41, 42, 43, 44, 45, 46, 47, ... (10 in "
+        f"all)]. {LAYER}"
     )
 
 
@@ -167,11 +168,11 @@ def test_data_that_is_not_finite_is_told_from_layers(digits):
     module.layer = linear()
     both = Function(lambda left, right: module.layer(left + right))
     both.layer = module.layer
-    assert "It began in the data: input[1] has inf in samples [2, 3, 4, 5, 6, 7, 8, 9]. " in error_of(
+    assert "It began in the data: input[1] has inf in samples [12, 13, 14, 15, 16, 17, 18, 19]. " in error_of(
         model_of(both), (x.clamp(max=1).nan_to_num(), x.nan_to_num(posinf=torch.inf)), y
     )
     named = {"left": x.clamp(max=1).nan_to_num(), "right": x}
-    assert "It began in the data: input['right'] has inf in rows" in error_of(model_of(both), named, y)
+    assert "It began in the data: input['right'] has inf in samples" in error_of(model_of(both), named, y)
 
 
 def test_without_a_layer_it_is_the_loss_function_or_the_targets(digits):
@@ -294,7 +295,9 @@ def test_infinities_in_a_mask_that_is_frozen_are_no_error(digits):
 def test_a_layer_is_found_in_whatever_way_steps_are_made(digits, options, given):
     options = {"optimizer": "sgd", "lr": 1e-3} | options
     told = error_of(model_of(nn.Sequential(linear(), Function(lambda x: -x), Log()), **options), *digits, **given)
-    assert "is nan. It began in '2' (Log), the first layer whose result is not finite: it returned nan for samples" in told
+    assert (
+        "is nan. It began in '2' (Log), the first layer whose result is not finite: it returned nan for samples" in told
+    )
     x, y = digits
     with kt.debug_nan():  # and without a mistake nothing is found
         model_of(nn.Sequential(linear(), nn.ReLU(inplace=True), nn.Dropout(0.1)), **options).fit(
