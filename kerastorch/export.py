@@ -152,8 +152,6 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
     """The module in eval mode, without gradients and without what exporters say of themselves; then as it was."""
     modes = [(part, part.training) for part in module.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    had_fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator for all of attention, which ONNX has not
     try:
         with torch.no_grad(), random_state_kept(), _silenced():
             module.eval()
@@ -163,7 +161,6 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
                 for buffer, before in buffers:
                     buffer.copy_(before)
     finally:
-        torch.backends.mha.set_fastpath_enabled(had_fast_path)
         for part, mode in modes:
             part.training = mode
 
