@@ -84,9 +84,10 @@ BELOW = {
     "callbacks.__init__": {f"callbacks.{path.stem}" for path in (PACKAGE / "callbacks").glob("*.py")},
     "callbacks.averaging": {"callbacks.base", "callbacks.rates"},
     "callbacks.backup": {"callbacks.base", "callbacks.files", "checkpoint", "seeding"},
+    "callbacks.background": set(),
     "callbacks.checkpoint": {
-        "callbacks.filenames", "callbacks.files", "callbacks.messages", "callbacks.monitoring", "checkpoint",
-        "durations", "state",
+        "callbacks.background", "callbacks.filenames", "callbacks.files", "callbacks.messages", "callbacks.monitoring",
+        "checkpoint", "durations", "state",
     },
     "callbacks.functions": {"callbacks.base"},
     "callbacks.loggers": {"callbacks.base", "callbacks.files"},
