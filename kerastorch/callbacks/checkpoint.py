@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -34,14 +34,14 @@ class _Task:
         epoch: Number of the epoch, 0-based.
         path: The file, before it gets a number where it is there already; `None` = only `last`.
         value: What was monitored; `None` = nothing.
-        is_last: Whether `last` is due, too.
+        last: The moment that `last` is due for, too; `None` = it is not.
         undo: What the callback knows without what is not on the disk yet.
     """
 
     epoch: int
     path: str | None = None
     value: float | None = None
-    is_last: bool = False
+    last: list[int] | None = None
     undo: dict[str, Any] | None = None
 
 
@@ -255,9 +255,10 @@ class ModelCheckpoint(Monitoring):
             self._is_paused = True
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
-        if self.save_last and (self._moment_of_last or [None])[0] != self.model.steps_taken:
-            self._plan_last()
         self._save_what_is_due()
+        if (self._moment_of_last or [None])[0] != self.model.steps_taken:
+            self._plan_last()
+            self._save_what_is_due()
         self._wait()
         if self.monitor is not None:
             super().on_train_end(logs)
@@ -330,18 +331,17 @@ class ModelCheckpoint(Monitoring):
     def _plan(self, epoch: int, logs: Mapping[str, Any] | None, value: float | None = None) -> None:
         """Has a file written when all callbacks have done their part."""
         counts = {"epoch": epoch + 1, "batch": self._batch + 1, "step": self.model.steps_taken}
-        self._await_safe_point().path = self._name.filled(counts, {} if logs is None else logs)
-        self._task.epoch, self._task.value = epoch, value
+        path = self._name.filled(counts, {} if logs is None else logs)
+        self._await_safe_point(path=path, epoch=epoch, value=value)
 
     def _plan_last(self) -> None:
         if self.save_last and not self._is_paused:
-            self._await_safe_point().is_last = True
+            self._await_safe_point(last=self._moment())
 
-    def _await_safe_point(self) -> _Task:
-        if self._task is None:
-            self._task = _Task(self._epoch)
+    def _await_safe_point(self, **due: Any) -> None:
+        is_first, self._task = self._task is None, replace(self._task or _Task(self._epoch), **due)
+        if is_first:
             self.model.at_safe_point(self._save_what_is_due)
-        return self._task
 
     def _save_what_is_due(self) -> None:
         """Writes the file that is due and `last`, or has them written while training goes on."""
@@ -389,8 +389,8 @@ class ModelCheckpoint(Monitoring):
             loser = self._worst() if self._is_full else None
             task.path = self._numbered(task.path, loser)
             self._note_file(task.path, task.value, loser)
-        if task.is_last:
-            self._moment_of_last, self.last_model_path = self._moment(), self._beside("last")
+        if task.last is not None:
+            self._moment_of_last, self.last_model_path = task.last, self._beside("last")
         return loser if loser != task.path else None
 
     def _numbered(self, path: str, loser: str | None) -> str:
@@ -435,9 +435,9 @@ class ModelCheckpoint(Monitoring):
                 self._say_saved(task, books["best"])
             if loser is not None:
                 self._delete(loser)
-        if task.is_last and task.path is not None:
+        if task.last is not None and task.path is not None:
             link_or_copy(self._place(task.path), last)
-        elif task.is_last:
+        elif task.last is not None:
             write_to(last)
         elif self._is_paused and last.exists():
             os.utime(last)  # the newest file is what the run goes on from
@@ -476,7 +476,7 @@ class ModelCheckpoint(Monitoring):
     def state_dict(self) -> dict[str, Any]:
         """The best value, the files that are kept with their values, and what is still to be written."""
         books = self._books() if self._writing is None else self._writing.undo
-        due = self._task and [self._task.epoch, self._task.path, self._task.value, self._task.is_last]
+        due = self._task and [self._task.epoch, self._task.path, self._task.value, self._task.last]
         counts = {"batches": self._batches, "batch": self._batch, "is_due": self._is_due}
         return super().state_dict() | books | counts | {"due": due}
 
