@@ -6,7 +6,6 @@ files are written and what they are called, others decide.
 
 from __future__ import annotations
 
-import copy
 import errno
 import os
 import pickle
@@ -118,15 +117,6 @@ def plain(value: Any, where: str) -> Any:
         f"{where} is a {kind.__name__}, which no file can hold that is read without running what is in it. Give "
         f"tensors, dicts, lists, tuples, strings, numbers, booleans and None."
     )
-
-
-def snapshot(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a state in the memory of the CPU (a stand-in until the real one is merged)."""
-    return copy.deepcopy(torch.utils._pytree.tree_map(_on_cpu, plain(state, "state")))
-
-
-def _on_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
 # Weights alone.
