@@ -1,34 +1,41 @@
 """Files of a model: all of its state, as a torch file of plain data, and its weights alone, as safetensors.
 
-A file appears whole or not at all, and reading one runs nothing that is in it. What the state is, `state.py` says; when
-files are written and what they are called, others decide.
+Each has a digest of itself in it, and reading one runs nothing that is in it. What the state is, `state.py` says; how a
+file appears whole or not at all, `writing.py`; what else a file may be, `kinds.py`. When files are written and what
+they are called, others decide.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
+import json
 import os
 import pickle
 import re
-import secrets
-import sys
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-MARK = "kerastorch checkpoint"
-VERSION = 1  # of the format: raised when an older kerastorch could not read what is written
+from .kinds import WEIGHTS as WEIGHTS
+from .kinds import damaged, kind_of, no_state, what_foreign, why_refused
+from .kinds import refuse_ending as refuse_ending
+from .writing import Hashed, hexdigest_of
+from .writing import replacing as replacing
 
-STATES, WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".pkl"), (".safetensors",)  # endings, the first to be suggested
-KERAS = (".weights.h5", ".h5", ".hdf5", ".keras")
+MARK = "kerastorch checkpoint"
+VERSION = 2  # of the format: raised when an older kerastorch could not read what is written
+VERSION_OF_SEALS = 2  # from which on a file ends in a digest of itself
+
+SEAL = re.compile(rb"G\0sha256:([0-9a-f]{64})")  # at the end of the zip file: a comment, after its length
+SEAL_BYTES, NO_COMMENT = 73, b"\0\0"
+FOLDER = 0x10  # attribute of a part of a zip file
 
 SCALARS = (str, bytes, int, float, bool, type(None), torch.dtype, torch.device, torch.Size)
 TENSORS = (Tensor, nn.Parameter)
@@ -57,8 +64,11 @@ def write(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
         "torch": str(torch.__version__),
         "state": plain(state, "state"),
     }
-    with replacing(path) as temporary, open(temporary, "xb") as file:
-        torch.save(content, file)
+    with replacing(path, _is_sealed) as temporary, open(temporary, "xb") as file:
+        hashed = Hashed(file)
+        torch.save(content, hashed)
+        file.seek(-len(NO_COMMENT), os.SEEK_END)
+        file.write(b"G\0sha256:" + hashed.hexdigest().encode())
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
@@ -70,29 +80,104 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     """
     kind = kind_of(path)
     if kind != "a torch file":
-        raise ValueError(f"{str(path)!r} is {kind}, no checkpoint. {_CALLS.get(kind, _OWN_FILE)}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(_why_refused(path)) from error
-    except Exception as error:  # of many types, as damage is
-        raise ValueError(_damaged(path, error)) from error
-    if not isinstance(content, dict) or content.get("format") != MARK or not {"version", "state"} <= content.keys():
-        raise ValueError(_what_foreign(path, content))
+        raise ValueError(no_state(path, kind))
+    content, is_sealed = _loaded(path)
+    if not _is_own(content):
+        raise ValueError(what_foreign(path, content))
     if content["version"] > VERSION:
         raise ValueError(
             f"{str(path)!r} was written by kerastorch {content['kerastorch']} in format {content['version']}, and this "
             f"one reads up to format {VERSION}. Install kerastorch {content['kerastorch']} or newer."
         )
+    if content["version"] >= VERSION_OF_SEALS and not is_sealed:
+        raise ValueError(damaged(path, "the SHA-256 that it was written with is not at its end"))
     return content["state"]
 
 
-def plain(value: Any, where: str) -> Any:
+def _loaded(path: str | os.PathLike) -> tuple[Any, bool]:
+    """What is in a torch file, and whether it ends in a digest of itself; torch sees nothing before it holds."""
+    with open(path, "rb") as file:  # once: it may be replaced at any moment, and what is verified is what is read
+        holds = _seal_holds(file)
+        if holds is False:
+            raise ValueError(damaged(path, "its SHA-256 is not the one it was written with"))
+        try:
+            parts_bytes = _bytes_of_parts(file, is_verified=holds is True)
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            if _bytes_of_tensors(content) > parts_bytes:  # torch 2.9 makes them of memory that is not theirs
+                raise ValueError("its tensors are larger than what is in it")
+        except pickle.UnpicklingError as error:
+            raise ValueError(why_refused(path)) from error
+        except Exception as error:  # of many types, as damage is
+            raise ValueError(damaged(path, error)) from error
+    return content, holds is True
+
+
+def _is_own(content: Any) -> bool:
+    kinds = {"format": str, "version": int, "kerastorch": str, "state": dict}
+    has_kinds = isinstance(content, dict) and all(isinstance(content.get(name), kinds[name]) for name in kinds)
+    return has_kinds and content["format"] == MARK
+
+
+def _is_sealed(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return _seal_holds(file) is True
+
+
+def _seal_holds(file: BinaryIO) -> bool | None:
+    """Whether a file is what it was when it was written; `None` = it does not say, as those of format 1 do not."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - SEAL_BYTES))
+    seal = SEAL.fullmatch(file.read())
+    if seal is None:
+        return None
+    return hexdigest_of(file, size - SEAL_BYTES, then=NO_COMMENT) == seal[1].decode()
+
+
+def _bytes_of_parts(file: BinaryIO, *, is_verified: bool) -> int:
+    """Size of all that is in a zip file; refuses what torch would believe: a part of another sum or size."""
+    with zipfile.ZipFile(file) as parts:
+        infos = parts.infolist()
+        parts_bytes = sum(one.file_size for one in infos)
+        has_own_form = all(map(_has_own_form, infos)) and len(set(parts.namelist())) == len(infos)
+        if not has_own_form or parts_bytes > file.seek(0, os.SEEK_END):
+            raise ValueError("its parts are not as torch writes them")
+        broken = None if is_verified else parts.testzip()
+    if broken is not None:
+        raise ValueError(f"the checksum of {broken!r} in it is another")
+    return parts_bytes
+
+
+def _has_own_form(part: zipfile.ZipInfo) -> bool:
+    is_stored = part.compress_type == zipfile.ZIP_STORED and part.file_size == part.compress_size
+    return is_stored and not part.external_attr & FOLDER  # of which torch reads nothing, into memory as it is
+
+
+def _bytes_of_tensors(content: Any) -> int:
+    """Size of the memory behind all tensors in nested containers; what is there twice counts once."""
+    memories, seen, left = {}, set(), [content]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided and value.device.type == "cpu":
+                memories[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple)):
+            left += value
+    return sum(memories.values())
+
+
+def plain(value: Any, where: str, copied: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
     """A copy of nested containers, with Python's numbers for numpy's.
 
     Args:
         value: Tensors and plain data.
         where: What it is called, for the error.
+        copied: What becomes of a tensor. Default: the same without what somebody may have hung on to it.
     Raises:
         TypeError: something in it is neither, with the keys that lead to it.
     Example:
@@ -104,19 +189,65 @@ def plain(value: Any, where: str) -> Any:
     if kind in SCALARS:
         return value
     if kind in TENSORS:
-        return value.detach()  # without what somebody may have hung on to it
+        return copied(value)
     if kind in (list, tuple):
-        return kind(plain(part, f"{where}[{index}]") for index, part in enumerate(value))
+        return kind(plain(part, f"{where}[{index}]", copied) for index, part in enumerate(value))
     if kind in (dict, OrderedDict, Counter):
-        parts = {plain(key, f"a key of {where}"): plain(part, f"{where}[{key!r}]") for key, part in value.items()}
-        copied = kind(parts)
+        parts = {plain(key, f"a key of {where}"): plain(one, f"{where}[{key!r}]", copied) for key, one in value.items()}
+        made = kind(parts)
         if kind is OrderedDict:  # a module's has the versions of its layers in `_metadata`
-            vars(copied).update(plain(vars(value), where))
-        return copied
+            vars(made).update(plain(vars(value), where, copied))
+        return made
     raise TypeError(
         f"{where} is a {kind.__name__}, which no file can hold that is read without running what is in it. Give "
         f"tensors, dicts, lists, tuples, strings, numbers, booleans and None."
     )
+
+
+def snapshot(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a state in the memory of the CPU, for a thread to write while training goes on.
+
+    Tensors that share memory share it in the copy, and each memory is copied once, as a whole. From a GPU it is copied
+    into pinned memory, and waited for once.
+
+    Args:
+        state: What `state_of` returned.
+    Raises:
+        TypeError: something in it is neither a tensor nor plain data.
+    Example:
+        >>> weight = torch.zeros(2)
+        >>> copied = snapshot({"weight": weight, "tied": weight, "best": np.float64(0.5)})
+        >>> weight += 1
+        >>> copied["tied"] += 2
+        >>> copied
+        {'weight': tensor([2., 2.]), 'tied': tensor([2., 2.]), 'best': 0.5}
+    """
+    storages: dict[tuple, torch.UntypedStorage] = {}
+    streams = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        is_odd = tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg()  # more than what its memory says
+        if is_odd or tensor.device.type not in ("cpu", "cuda"):
+            return tensor.detach().to("cpu", copy=True)
+        storage = tensor.untyped_storage()
+        memory = tensor.device, storage.data_ptr(), storage.nbytes()
+        if memory not in storages:
+            storages[memory] = _copied_storage(storage)
+            if tensor.is_cuda:
+                streams[tensor.device] = torch.cuda.current_stream(tensor.device)
+        copy = torch.empty(0, dtype=tensor.dtype)
+        return copy.set_(storages[memory], tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    taken = plain(state, "state", copied)
+    for stream in streams.values():
+        stream.synchronize()
+    return taken
+
+
+def _copied_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    given = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    copy = torch.empty(given.shape, dtype=torch.uint8, pin_memory=given.is_cuda)
+    return copy.copy_(given, non_blocking=True).untyped_storage()
 
 
 # Weights alone.
@@ -134,12 +265,17 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> Non
     """
     from safetensors.torch import save_file
 
-    tensors = _apart(weights)
-    with replacing(path) as temporary:
+    from . import __version__
+
+    with replacing(path, _are_whole) as temporary:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         try:
-            save_file(tensors, temporary, metadata={"format": "pt"})  # whose layout it is, for other libraries
+            tensors = _apart(weights)
+            # "pt" says whose layout it is, for other libraries.
+            metadata = {"format": "pt", "kerastorch": __version__, "sha256": hexdigest_of_weights(tensors)}
+            save_file(tensors, temporary, metadata=metadata)
+            _put_metadata_in_order(temporary, metadata)
         except (KeyError, NotImplementedError, ValueError) as error:  # a dtype or a device
             raise TypeError(f"safetensors has no form for {error}. Call model.save, which keeps everything.") from error
         temporary.chmod(mode)  # safetensors lets nobody else read what it writes
@@ -152,18 +288,66 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
         OSError: there is no such file.
         ValueError: it is damaged, or something else.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     kind = kind_of(path)
     if kind == "a torch file":
-        return read(path)["module"]
+        return _module_of(path)
     if kind != "a safetensors file":
         raise ValueError(f"{str(path)!r} is {kind}, no safetensors. Give a file that model.save_weights wrote.")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(_damaged(path, error)) from error
+        raise ValueError(damaged(path, error)) from error
+    has_digest = "kerastorch" in metadata or "sha256" in metadata  # those of other libraries have neither
+    if has_digest and metadata.get("sha256") != hexdigest_of_weights(weights):
+        raise ValueError(damaged(path, "the SHA-256 of its tensors is not the one it was written with"))
+    return weights
+
+
+def hexdigest_of_weights(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes and shapes, as JSON, and then of each tensor's bytes; all in the order of the names.
+
+    Args:
+        weights: Contiguous tensors on the CPU.
+    Example:
+        >>> weights = {"b": torch.tensor(1, dtype=torch.uint8), "a": torch.zeros(2, dtype=torch.uint8)}
+        >>> said = b'[["a", "torch.uint8", [2]], ["b", "torch.uint8", []]]'
+        >>> hexdigest_of_weights(weights) == hashlib.sha256(said + bytes([0, 0, 1])).hexdigest()
+        True
+    """
+    named = sorted(weights.items())
+    digest = hashlib.sha256(json.dumps([[name, str(one.dtype), list(one.shape)] for name, one in named]).encode())
+    for _, tensor in named:
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # where they lie: nothing is copied
+    return digest.hexdigest()
+
+
+def _put_metadata_in_order(path: Path, metadata: dict[str, str]) -> None:
+    """Equal weights make equal files: safetensors writes its metadata in an order of chance."""
+    with open(path, "r+b") as file:
+        file.seek(8)  # after the length of the header, which it begins
+        file.write(b'{"__metadata__":' + json.dumps(metadata, separators=(",", ":")).encode())
+
+
+def _are_whole(path: Path) -> bool:
+    path.stat()  # the system's own error where it is gone
+    try:
+        read_weights(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _module_of(path: str | os.PathLike) -> dict[str, Tensor]:
+    module = read(path).get("module")
+    if not isinstance(module, dict):
+        raise ValueError(
+            f"{str(path)!r} has no weights in it. Give a file that model.save or model.save_weights wrote."
+        )
+    return module
 
 
 def refuse_no_weights(weights: Mapping[str, Any]) -> None:
@@ -181,160 +365,12 @@ def refuse_no_weights(weights: Mapping[str, Any]) -> None:
 
 
 def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, none of which shares memory with another."""
+    """Contiguous tensors on the CPU, none of which shares memory with another."""
     refuse_no_weights(weights)
     apart, seen = {}, set()
     for name, tensor in weights.items():
-        tensor = tensor.detach().contiguous()
-        memory = tensor.device, tensor.untyped_storage().data_ptr()
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
         apart[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
     return apart
-
-
-# Files.
-
-
-@contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A place beside `path`: what is written there takes its place once it is on the disk, and is gone after an error.
-
-    Args:
-        path: The file to write or replace; folders above it are made, and a link is followed.
-    Raises:
-        OSError: it cannot be written.
-    """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, f"{str(path)!r} is a folder. Give the path of a file in it.")
-    before = sys.exc_info()[1]
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            _flush(temporary)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)  # also where both are links to one file: then moving it does nothing
-    except Exception as error:
-        cause = _cause(error, before)
-        if cause is None:
-            raise
-        raise type(cause)(
-            cause.errno,
-            f"{str(path)!r} cannot be written: {cause.strerror}. Make room or give another path; a file that was there "
-            f"is as it was.",
-        ) from error
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _cause(error: BaseException | None, before: BaseException | None) -> OSError | None:
-    """What the system had against it, below what torch, safetensors and this file say on top of that.
-
-    Args:
-        error: The error.
-        before: One that was being handled when it came, and has nothing to do with it.
-    """
-    while error is not None and error is not before:
-        if isinstance(error, OSError) and error.strerror and error.__cause__ is None:
-            return error
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        if code:
-            return OSError(int(code[1]), os.strerror(int(code[1])))
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def refuse_ending(path: str | os.PathLike, *, is_weights: bool) -> None:
-    """A name must not end as files of another kind do.
-
-    Args:
-        path: The file to be written.
-        is_weights: Whether it is to hold weights alone.
-    Raises:
-        ValueError: it does.
-    """
-    path, own, other = str(path), *((WEIGHTS, STATES) if is_weights else (STATES, WEIGHTS))
-    ending = next((ending for ending in KERAS + other if path.endswith(ending)), None)
-    if ending is not None:
-        whose = "Keras's files" if ending in KERAS else "weights alone" if other is WEIGHTS else "pickled files"
-        raise ValueError(
-            f"{path!r} ends as {whose} do. Give {path.removesuffix(ending) + own[0]!r}, which says what is in it."
-        )
-
-
-_OWN_FILE = "Give a file that model.save wrote."
-_CALLS = {
-    "a safetensors file": "It holds weights alone: call model.load_weights.",
-    "a Keras file": "Its weights are in Keras's layout, not torch's. Give a file that model.save wrote.",
-}
-
-
-def kind_of(path: str | os.PathLike) -> str:
-    """What a file is, by its first bytes: `"a torch file"`, `"a safetensors file"`, `"a Keras file"` or what is wrong.
-
-    Raises:
-        FileNotFoundError, IsADirectoryError: it is no file.
-    """
-    if os.path.isdir(path):
-        raise IsADirectoryError(errno.EISDIR, f"{str(path)!r} is a folder. Give the path of a file in it.")
-    if not os.path.exists(path):
-        raise FileNotFoundError(errno.ENOENT, f"there is no file {str(path)!r}. Give the path of one that was saved.")
-    with open(path, "rb") as file:
-        head = file.read(9)
-    if head.startswith(b"\x89HDF"):
-        return "a Keras file"
-    if head[8:] == b"{":  # after the length of the header
-        return "a safetensors file"
-    if not head.startswith(b"PK\x03\x04"):
-        return "damaged or a file of another kind" if head else "an empty file"
-    try:
-        with zipfile.ZipFile(path) as file:
-            names = file.namelist()
-    except Exception:  # of many types, as damage is
-        return "a torch file that is cut off or damaged"
-    if any(name.endswith("data.pkl") for name in names):
-        return "a torch file"
-    return "a Keras file" if "model.weights.h5" in names else "a zip file"
-
-
-def _why_refused(path: str | os.PathLike) -> str:
-    try:
-        with zipfile.ZipFile(path) as file:
-            pickled = file.read(next(name for name in file.namelist() if name.endswith("data.pkl")))
-    except Exception as error:  # of many types, as damage is
-        return _damaged(path, error)
-    if b"pytorch-lightning_version" in pickled:
-        return _lightning(path)
-    return (
-        f"{str(path)!r} holds more than tensors and plain data, and was not read: reading the rest may run anything. "
-        f"{_OWN_FILE}"
-    )
-
-
-def _what_foreign(path: str | os.PathLike, content: Any) -> str:
-    if isinstance(content, Mapping) and "pytorch-lightning_version" in content:
-        return _lightning(path)
-    if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
-        return (
-            f"{str(path)!r} is a plain state_dict of {len(content)} tensors. Call "
-            f"model.module.load_state_dict(torch.load({str(path)!r}))."
-        )
-    return f"{str(path)!r} is a torch file with a {type(content).__name__} of somebody else's. {_OWN_FILE}"
-
-
-def _lightning(path: str | os.PathLike) -> str:
-    return (
-        f"{str(path)!r} is a checkpoint of Lightning. If you trust it, call model.module.load_state_dict(torch.load("
-        f"{str(path)!r}, weights_only=False)['state_dict']); names there may begin with the name of an attribute."
-    )
-
-
-def _damaged(path: str | os.PathLike, error: Exception) -> str:
-    what = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-    return f"{str(path)!r} is damaged: {what}. Give an older file."

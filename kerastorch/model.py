@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from . import backends, checkpoint, checks, limits, loop, optimizers, preflight
+from . import export as exporting
 from . import losses as named_losses
 from . import metrics as named_metrics
 from . import precision as precisions
@@ -39,6 +40,7 @@ from .arguments import (
     with_labels,
 )
 from .callbacks.base import hooks_of
+from .callbacks.debugging import nan_finders
 from .callbacks.progress import is_notebook, progress_for
 from .compilation import Compiled
 from .computation import Overridden
@@ -52,7 +54,7 @@ from .position import Position
 from .precision import scaled_backward
 from .resume import Run, find_saved
 from .seeding import random_state_kept
-from .state import refuse_unlike, restore, restore_callbacks, state_of
+from .state import refuse_unlike, reshaped_of, restore, restore_callbacks, state_of
 from .step import (
     Recipe,
     Update,
@@ -621,7 +623,7 @@ class Model:
         checkpoint.refuse_ending(path, is_weights=True)
         checkpoint.write_weights(path, self.module.state_dict())
 
-    def load_weights(self, path: str | os.PathLike, *, strict: bool = True) -> Model:
+    def load_weights(self, path: str | os.PathLike, *, strict: bool = True, skip_mismatch: bool = False) -> Model:
         """Puts weights into the module; optimizer and all else stay as they are.
 
         Args:
@@ -629,14 +631,21 @@ class Model:
                 weights.
             strict: Whether all names must be there, and no others; `False` takes those that are and warns of the rest.
                 Default: `True`.
+            skip_mismatch: Whether tensors of another shape are left out, with a warning, as for a head of another
+                number of classes. Default: `False`, they are refused.
         Returns:
             The model.
         Raises:
-            ValueError: names or shapes are not the module's, which is as it was; or the file is damaged, or no such.
+            ValueError: names or shapes are not the module's, or nothing fits; the module is as it was. Or the file is
+                damaged, or no such.
             OSError: there is no such file.
+
+        Source: `skip_mismatch`: Keras, `Model.load_weights`.
         """
         weights = checkpoint.read_weights(path)
-        differences = refuse_unlike(self.module, weights, repr(str(path)), strict)
+        differences = refuse_unlike(self.module, weights, repr(str(path)), strict, skip_mismatch)
+        for name in reshaped_of(self.module, weights):
+            del weights[name]
         self.module.load_state_dict(weights, strict=False)
         if differences:
             warnings.warn(f"{str(path)!r} was loaded but for what is {'; '.join(differences)}.", stacklevel=2)
@@ -673,6 +682,49 @@ class Model:
             self._refuse_uncompiled("load")
         restore(self, saved, repr(str(path)))
         return self
+
+    def export(
+        self,
+        path: str | os.PathLike,
+        data: Any,
+        *,
+        dynamic_batch: bool = True,
+        check: bool = True,
+        tolerance: float | None = None,
+    ) -> None:
+        """Writes the module as a program that runs without its Python code, on the CPU or wherever it is moved to.
+
+        It computes what the module does in eval mode, with the weights as they are; `compile(precision="16")` and the
+        like are not in it. The file appears once it was read back and has returned what the module returns, for a batch
+        of the data, for a larger one, and for a single sample.
+
+        Args:
+            path: Where to: `.pt2` for `torch.export.load`, `.onnx` for ONNX runtimes. Folders above it are made.
+            data: As in `predict`: its first batch shows what inputs look like, and none of its values gets into the
+                file. Or the shape of a batch, such as `(32, 1, 28, 28)`, or a tuple or dict of shapes.
+            dynamic_batch: Whether the program takes batches of any size, or of that in `data` alone. Default: `True`.
+            check: Whether to compare. Default: `True`.
+            tolerance: Largest difference that is rounding, in parts of the largest output, or of 1 where that is more.
+                `None` = by dtype, 1e-5 of float32.
+        Raises:
+            ImportError: an `.onnx` file without `pip install kerastorch[onnx]`.
+            ValueError: another ending; the module cannot be exported, or not so; the program returns something else.
+            OSError: it cannot be written; a file that was there is as it was.
+        Example:
+            >>> import tempfile
+            >>> model = Model(nn.Linear(4, 1), backend="cpu")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     model.export(f"{folder}/net.pt2", (32, 4))
+            ...     net = torch.export.load(f"{folder}/net.pt2").module()
+            >>> net(torch.rand(5, 4)).shape
+            torch.Size([5, 1])
+        """
+        exporting.refuse_ending(path)
+        data = exporting.with_shapes_filled(data, _dtype_of(self.module))
+        batch_size = None if dynamic_batch or not is_arrays(data) else length_of(data)
+        batch, _ = peek(open_data(self._inputs(data), None, None, self._reading(batch_size)))
+        with self._computing():
+            exporting.export(self.module, path, batch[0], dynamic_batch=dynamic_batch, check=check, tolerance=tolerance)
 
     def _make_optimizer(self) -> None:
         """Makes what `compile` left to be made when a lazy module has its parameters."""
@@ -1098,7 +1150,7 @@ class Model:
         checks.refuse_unknown_monitors(callbacks, names, is_validated)
 
     def _hooks(self, callbacks: list[Any], verbose: int | str, params: dict[str, Any]) -> Any:
-        callbacks = callbacks + progress_for(verbose, callbacks)
+        callbacks = nan_finders() + callbacks + progress_for(verbose, callbacks)
         hooks = hooks_of(callbacks)
         for callback in callbacks:
             for method, argument in (("set_params", params), ("set_model", self)):

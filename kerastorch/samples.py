@@ -117,13 +117,20 @@ class IndexedLoader:
     def batches(self, number: int, start: int) -> Iterator[Any]:
         """The batches of a pass from one on; those before it are not loaded."""
         loader = self.loader
+        options = {"recent": self._recent, "is_seeded": loader.num_workers > 0}
+        if start or loader.persistent_workers:
+            self._draw(number)
         if not start:
-            self._order.begin(number, self._recent, is_seeded=loader.num_workers > 0)
+            self._order.begin(number, **options)
             return iter(self._all)
-        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # as `iter(loader)` does first
         order = _Keys(positioned(loader._index_sampler, start))
-        order.begin(number, self._recent, is_seeded=loader.num_workers > 0, start=start)
+        order.begin(number, **options, start=start)
         return iter(_made_of(loader, order, generator=torch.Generator(), persistent_workers=False))
+
+    def _draw(self, number: int) -> None:
+        """Draws what `iter(loader)` does, before the order is drawn; workers that persist are seeded once."""
+        if not self.loader.persistent_workers or number == 0:
+            torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
 
 
 # Made once for each loader, so that workers that are to persist do so from one `fit` to the next.
@@ -164,7 +171,8 @@ def _made_of(loader: DataLoader, order: _Keys, **options: Any) -> DataLoader:
         "timeout": loader.timeout,
         "worker_init_fn": _WorkerStart(loader.worker_init_fn) if has_workers else None,
         "multiprocessing_context": loader.multiprocessing_context,
-        "generator": loader.generator,
+        # With workers that persist, when it draws would depend on whether they run already.
+        "generator": torch.Generator() if loader.persistent_workers else loader.generator,
         "prefetch_factor": loader.prefetch_factor,
         "persistent_workers": loader.persistent_workers,
         "in_order": loader.in_order,

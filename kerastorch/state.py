@@ -103,7 +103,9 @@ def restore_callbacks(callbacks: Iterable[Any], state: Mapping[str, Any]) -> Non
             callback.load_state_dict(found[1])
 
 
-def refuse_unlike(module: nn.Module, weights: Mapping[str, Any], source: str, strict: bool = True) -> list[str]:
+def refuse_unlike(
+    module: nn.Module, weights: Mapping[str, Any], source: str, strict: bool = True, skip_mismatch: bool = False
+) -> list[str]:
     """Names and shapes of weights must be those of a module.
 
     Args:
@@ -111,28 +113,38 @@ def refuse_unlike(module: nn.Module, weights: Mapping[str, Any], source: str, st
         weights: Tensors by name.
         source: Where they are from, for the error.
         strict: Whether missing and unexpected names are refused. Default: `True`.
+        skip_mismatch: Whether tensors of another shape are not. Default: `False`.
     Returns:
         What differs and was not refused, in words.
     Raises:
-        ValueError: other names with `strict`, no name in common without, or other shapes.
+        ValueError: other names with `strict`, other shapes without `skip_mismatch`, or nothing that fits.
     """
     own = module.state_dict(keep_vars=True)
+    reshaped = reshaped_of(module, weights)
     present = {id(own[name]) for name in weights if name in own}
-    missing = [name for name in own if name not in weights and id(own[name]) not in present]
-    unexpected = [name for name in weights if name not in own]
-    reshaped = [
-        f"{name!r} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if _has_other_shape(tensor, weights.get(name))
-    ]
-    found = {"missing": [*map(repr, missing)], "unexpected": [*map(repr, unexpected)], "of another shape": reshaped}
+    fitting = {id(own[name]) for name in weights if name in own and name not in reshaped}
+    found = {
+        "missing": [repr(name) for name in own if name not in weights and id(own[name]) not in present],
+        "unexpected": [repr(name) for name in weights if name not in own],
+        "of another shape": [f"{name!r} {given} instead of {wanted}" for name, (given, wanted) in reshaped.items()],
+    }
+    allowed = {"missing": not strict, "unexpected": not strict, "of another shape": skip_mismatch}
     differences = [f"{what} {_listed(names)}" for what, names in found.items() if names]
-    if reshaped or (strict and differences) or (own and not present):
+    if any(names and not allowed[what] for what, names in found.items()) or (own and not fitting):
         raise ValueError(
             f"{source} does not fit the module, which is as it was: {'; '.join(differences)}. Make the module as it "
             f"was when the file was written."
         )
     return differences
+
+
+def reshaped_of(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes of weights that are not those of the module, and the module's, by name."""
+    return {
+        name: (tuple(weights[name].shape), tuple(tensor.shape))
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if _has_other_shape(tensor, weights.get(name))
+    }
 
 
 def _has_other_shape(own: Any, given: Any) -> bool:

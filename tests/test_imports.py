@@ -1,13 +1,13 @@
 """Who may import whom: downwards only, so that each file can be read knowing only those below it.
 
-    __init__ > model > loop > step > tracker > metrics > losses > targets    loop > history, limits
+    __init__ > model > loop > step > tracker > metrics > losses > targets    loop > history, limits, position
                      > compilation > jit > computation > step > accumulation > losses
                                    > optimizers > patterns     > precision > structures
                                    > schedules
                      > microbatch, tbptt, overrides > step
                      > data > tensors, seeding, structures             callbacks.* > callbacks.base
                      > backends > structures
-                     > checks, summary > tracing                  callbacks.checkpoint, state > checkpoint
+                     > checks, summary > tracing     callbacks.checkpoint, state, averages > checkpoint > kinds, writing
                      > preflight > loop, data, losses, ...
 
 Backends know torch and nesting, never models, loops, data or callbacks. Nothing imports `model` but the package itself.
@@ -26,13 +26,13 @@ import kerastorch
 
 PACKAGE = Path(kerastorch.__file__).parent
 BELOW = {
-    "__init__": {"backends", "callbacks", "history", "model", "schedules", "seeding"},
+    "__init__": {"averages", "backends", "callbacks", "debugging", "history", "model", "schedules", "seeding"},
     "arguments": {"structures", "tensors"},
     "model": {
-        "arguments", "backends", "callbacks.base", "callbacks.progress", "checkpoint", "checks", "compilation",
-        "computation", "data", "history", "limits", "loop", "losses", "metrics", "microbatch", "optimizers",
-        "overrides", "patterns", "precision", "preflight", "seeding", "state", "step", "structures", "summary", "tbptt",
-        "tensors", "tracker",
+        "arguments", "backends", "callbacks.base", "callbacks.debugging", "callbacks.progress", "checkpoint", "checks",
+        "compilation", "computation", "data", "export", "history", "limits", "loop", "losses", "metrics", "microbatch",
+        "optimizers", "overrides", "passes", "patterns", "position", "precision", "preflight", "resume", "seeding",
+        "state", "step", "structures", "summary", "tbptt", "tensors", "tracker",
     },
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
     "jit": {"computation", "losses", "memory", "structures"},
@@ -40,7 +40,11 @@ BELOW = {
     "microbatch": {"accumulation", "memory", "step", "structures"},
     "tbptt": {"step", "structures"},
     "overrides": {"accumulation", "checks", "optimizers", "precision", "step"},
-    "loop": {"history", "limits", "step", "structures"},
+    "loop": {"history", "limits", "position", "step", "structures"},
+    "position": set(),
+    "passes": {"data", "limits", "position", "seeding"},
+    "resume": {"checkpoint", "passes", "position", "seeding", "state", "step"},
+    "samples": {"seeding"},
     "limits": {"checks", "durations"},
     "step": {"accumulation", "losses", "precision", "structures", "tracker"},
     "accumulation": {"losses"},
@@ -50,10 +54,12 @@ BELOW = {
     "tracker": {"history", "losses", "metrics", "structures"},
     "metrics": {"losses", "structures", "targets"},
     "losses": {"targets"},
-    "data": {"seeding", "structures", "tensors"},
+    "data": {"samples", "seeding", "structures", "tensors"},
     "tensors": {"structures"},
     "checks": {"callbacks.base", "structures"},
+    "debugging": set(),
     "durations": set(),
+    "export": {"checkpoint", "seeding", "step", "structures"},
     "flops": set(),
     "summary": {"tracing"},
     "preflight.__init__": {
@@ -80,15 +86,20 @@ BELOW = {
     "backends.__init__": {"backends.single"},
     "backends.single": {"structures"},
     "state": {"checkpoint", "history"},
-    "checkpoint": {"__version__"},  # a name, not a file
+    "averages": {"checkpoint"},
+    "checkpoint": {"__version__", "kinds", "writing"},  # the first a name, not a file
+    "kinds": set(),
+    "writing": set(),
     "callbacks.__init__": {f"callbacks.{path.stem}" for path in (PACKAGE / "callbacks").glob("*.py")},
     "callbacks.averaging": {"callbacks.base", "callbacks.rates"},
-    "callbacks.backup": {"callbacks.base", "callbacks.files", "checkpoint", "seeding"},
+    "callbacks.backup": {"callbacks.base", "callbacks.files"},
     "callbacks.background": set(),
+    "callbacks.files": {"writing"},
     "callbacks.checkpoint": {
         "callbacks.background", "callbacks.filenames", "callbacks.files", "callbacks.messages", "callbacks.monitoring",
         "checkpoint", "durations", "state",
     },
+    "callbacks.debugging": {"callbacks.base", "debugging", "structures"},
     "callbacks.functions": {"callbacks.base"},
     "callbacks.loggers": {"callbacks.base", "callbacks.files"},
     "callbacks.measuring": {"callbacks.base", "durations"},
@@ -115,6 +126,9 @@ HEAVY = (REQUIRED - {"torch", "numpy"}) | {
     "tensorboard",
     "mlflow",
     "wandb",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 }
 
 

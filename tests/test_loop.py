@@ -61,7 +61,7 @@ def test_hooks_of_a_whole_run_come_in_order():
 def test_a_stop_within_a_batch_ends_the_epoch_after_it_and_still_validates():
     callback, calls = recorder(on_train_batch_end=lambda self, *_: setattr(self.model, "stop_training", True))
     _, history = run(callback, validation_data=(torch.rand(4, 3), torch.rand(4, 1)))
-    epoch = [("on_epoch_begin", 0), *batch(0), *validation(1), ("on_epoch_end", 0)]
+    epoch = [("on_epoch_begin", 0), *batch(0), ("on_train_pause",), *validation(1), ("on_epoch_end", 0)]
     assert calls == [("on_train_begin",), *epoch, ("on_train_end",)]
     assert history.epoch == [0] and "val_loss" in history.history
 
@@ -75,6 +75,7 @@ def test_a_stop_at_the_end_of_an_epoch_ends_the_run():
         *batch(0),
         *batch(1),
         ("on_epoch_end", 0),
+        ("on_train_pause",),
         ("on_train_end",),
     ]
 
@@ -83,7 +84,7 @@ def test_hooks_of_a_run_that_ends_by_max_steps_come_in_order():
     callback, calls = recorder()
     _, history = run(callback, epochs=9, max_steps=3, validation_data=(torch.rand(4, 3), torch.rand(4, 1)))
     first = [("on_epoch_begin", 0), *batch(0), *batch(1), *validation(1), ("on_epoch_end", 0)]
-    second = [("on_epoch_begin", 1), *batch(0), *validation(1), ("on_epoch_end", 1)]
+    second = [("on_epoch_begin", 1), *batch(0), ("on_train_pause",), *validation(1), ("on_epoch_end", 1)]
     assert calls == [("on_train_begin",), *first, *second, ("on_train_end",)]
     assert history.stopped_by == "max_steps"
 
@@ -91,7 +92,7 @@ def test_hooks_of_a_run_that_ends_by_max_steps_come_in_order():
 def test_hooks_of_a_run_that_ends_by_max_time_come_in_order():
     callback, calls = recorder(on_after_backward=lambda self: time.sleep(0.03))
     _, history = run(callback, epochs=9, max_time=0.02, validation_data=(torch.rand(4, 3), torch.rand(4, 1)))
-    epoch = [("on_epoch_begin", 0), *batch(0), *validation(1), ("on_epoch_end", 0)]
+    epoch = [("on_epoch_begin", 0), *batch(0), ("on_train_pause",), *validation(1), ("on_epoch_end", 0)]
     assert calls == [("on_train_begin",), *epoch, ("on_train_end",)]
     assert history.stopped_by == "max_time"
 
@@ -124,7 +125,7 @@ def test_hooks_of_a_run_ended_by_ctrl_c_come_in_order():
 
     callback, calls = recorder(on_train_batch_begin=interrupt)
     _, history = run(callback, validation_data=(torch.rand(4, 3), torch.rand(4, 1)))
-    epoch = [("on_epoch_begin", 0), *batch(0), *batch(1), ("on_epoch_end", 0)]
+    epoch = [("on_epoch_begin", 0), *batch(0), *batch(1), ("on_train_pause",), ("on_epoch_end", 0)]
     assert calls == [("on_train_begin",), *epoch, ("on_train_end",)]
     assert history.stopped_by == "interrupt"
 
@@ -132,7 +133,8 @@ def test_hooks_of_a_run_ended_by_ctrl_c_come_in_order():
 def test_ctrl_c_within_an_epoch_ends_its_validation_of_which_nobody_hears():
     callback, calls = recorder(on_test_batch_end=lambda self, *_: os.kill(os.getpid(), signal.SIGINT))
     _, history = run(callback, validation_data=(torch.rand(9, 3), torch.rand(9, 1)), validation_freq="1 steps")
-    assert calls[-4:] == [("on_test_end",), ("on_validation_end",), ("on_epoch_end", 0), ("on_train_end",)]
+    ends = [("on_validation_end",), ("on_train_pause",), ("on_epoch_end", 0), ("on_train_end",)]
+    assert calls[-5:] == [("on_test_end",), *ends]
     assert list(history.history) == ["loss"] and history.intervals == []
 
 
@@ -190,7 +192,8 @@ def test_of_functions_it_is_said_what_they_were_given_as():
 def test_ctrl_c_before_the_first_epoch_opens_none():
     callback, calls = recorder(on_train_begin=lambda self, logs: os.kill(os.getpid(), signal.SIGINT))
     _, history = run(callback)
-    assert calls == [("on_train_begin",), ("on_train_end",)] and history.stopped_by == "interrupt"
+    assert calls == [("on_train_begin",), ("on_train_pause",), ("on_train_end",)]
+    assert history.stopped_by == "interrupt"
 
 
 def test_ctrl_c_keeps_a_validation_within_the_epoch_that_was_over():
@@ -299,7 +302,7 @@ def test_ctrl_c_finishes_the_step_keeps_the_history_and_calls_the_last_hooks():
 
     model = kt.Model(nn.Linear(3, 1)).compile("sgd", "mse")
     history = model.fit(endless(), callbacks=[callback], verbose=0)
-    assert calls[-3:] == [("on_train_batch_end", 2), ("on_epoch_end", 0), ("on_train_end",)]
+    assert calls[-4:] == [("on_train_batch_end", 2), ("on_train_pause",), ("on_epoch_end", 0), ("on_train_end",)]
     assert history is model.history and len(history.history["loss"]) == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -314,7 +317,8 @@ def test_ctrl_c_ends_a_validation_whose_part_is_not_kept():
     callback, calls = recorder(on_test_batch_end=lambda self, *_: os.kill(os.getpid(), signal.SIGINT))
     _, history = run(callback, validation_data=(torch.rand(9, 3), torch.rand(9, 1)))
     assert calls.count(("on_test_batch_begin", 0)) == 1 and ("on_test_batch_begin", 1) not in calls
-    assert calls[-4:] == [("on_test_end",), ("on_validation_end",), ("on_epoch_end", 0), ("on_train_end",)]
+    ends = [("on_validation_end",), ("on_train_pause",), ("on_epoch_end", 0), ("on_train_end",)]
+    assert calls[-5:] == [("on_test_end",), *ends]
     assert list(history.history) == ["loss"] and history.epoch == [0]
 
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..checkpoint import replacing
+from ..writing import replacing
 
 
 def make_folder(folder: str | os.PathLike, owner: str) -> Path:

@@ -242,7 +242,7 @@ def test_the_one_before_serves_where_the_newest_is_damaged(tmp_path):
         run(BackupAndRestore(tmp_path, double_checkpoint=True), Die(40))
     assert sorted(os.listdir(tmp_path)) == ["backup.pt", "previous.pt"]
     (tmp_path / "backup.pt").write_bytes((tmp_path / "backup.pt").read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="goes on from the backup before"):
+    with pytest.warns(UserWarning, match="goes on from the one before"):
         model, _ = run(BackupAndRestore(tmp_path, double_checkpoint=True))
     assert reference.same_weights(model.module, whole.module)
     assert os.listdir(tmp_path) == []
@@ -259,7 +259,7 @@ def test_a_backup_of_another_module_is_refused_and_the_model_is_as_it_was(tmp_pa
         run(BackupAndRestore(tmp_path), Die(15))
     model = kt.Model(nn.Linear(3, 1), backend="cpu").compile("adamw", "mse")
     before = model.module.weight.clone()
-    with pytest.raises(ValueError, match="the backup does not fit the module"):
+    with pytest.raises(ValueError, match="backup.pt' does not fit the module"):
         model.fit(X, Y, callbacks=[BackupAndRestore(tmp_path)], verbose=0)
     assert model.module.weight.equal(before) and model.history is None
 
