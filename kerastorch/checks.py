@@ -155,9 +155,9 @@ def refuse_unlike(targets: Any, validation_targets: Any) -> None:
             )
 
 
-def refuse_second_pass(repeats: bool, goes_on: bool, is_repeated: bool) -> None:
+def refuse_second_pass(validated: Any, taken: Any, is_repeated: bool) -> None:
     """A generator of validation data cannot be gone through again after the next epoch."""
-    if not repeats and not goes_on and is_repeated:
+    if is_repeated and validated is not None and not validated.repeats and not taken.goes_on:
         raise ValueError(
             "validation_data is a generator, which ends after the first of several validations. "
             "Give validation_steps, a list, or a callable that makes a new one each time."

@@ -46,7 +46,7 @@ class debug_nan:  # called like a function, as torch's switches are
         if not isinstance(mode, bool):
             raise TypeError(f"mode={mode!r} is a {type(mode).__name__}, expected True or False.")
         self.mode, self._before = mode, _is_on
-        pass
+        _is_on = mode
 
     def __enter__(self) -> None:
         global _is_on

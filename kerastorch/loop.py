@@ -138,12 +138,7 @@ def fit(
 
 
 def train_epoch(
-    model: Any,
-    training: Recipe,
-    step: Callable,
-    batches: Iterable,
-    ending: Ending,
-    validation: Validation | None,
+    model: Any, training: Recipe, step: Callable, batches: Iterable, ending: Ending, validation: Validation | None
 ) -> None:
     """Trains on each batch of one epoch, or on those that an earlier run has left of it."""
     hooks, tracker, position = training.hooks, training.tracker, ending.position

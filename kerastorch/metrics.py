@@ -54,19 +54,23 @@ class Stateful:
         self.name, self.metric, self.joins = name, metric, build is not None
         self._build, self._prepare = build, None
         self.prefix = ""  # of its name, and of the keys of a MetricCollection: the name of its output
-        self._waiting: tuple[Mapping[str, Any], Any] | None = None  # a state for what is still to be built
+        self._example: tuple[Any, Any] | None = None  # what it was built from
 
     def update(self, output: Any, target: Any) -> None:
         if self.metric is None:  # which variant it is shows in the shapes
+            self._example = output[:1], target[:1]
             self.metric, self._prepare = self._build(output, target)
-            if self._waiting is not None:
-                self.load_state_dict(*self._waiting)
         self.metric.update(*((output, target) if self._prepare is None else self._prepare(output, target)))
 
     def reset(self) -> None:
-        self._waiting = None
         if self.metric is not None:
             self.metric.reset()
+
+    def result(self) -> dict[str, Any]:
+        value = self.metric.compute()
+        if isinstance(value, Mapping):  # a MetricCollection
+            return {f"{self.prefix}{name}": _plain(part) for name, part in value.items()}
+        return {self.name: _plain(value)}
 
     @property
     def is_savable(self) -> bool:
@@ -77,34 +81,27 @@ class Stateful:
         """What it has counted: tensors and plain data."""
         if self.metric is None or not self.is_savable:
             return {}
-        counted = _torchmetrics_in(self.metric)
-        if not counted:
+        parts = _torchmetrics_in(self.metric)
+        if not parts:
             return {"own": self.metric.state_dict()}
-        return {
+        counted = {
             name: {"updates": one._update_count, "values": {key: getattr(one, key) for key in one._defaults}}
-            for name, one in counted.items()
+            for name, one in parts.items()
         }
+        return {"example": self._example, "counted": counted}
 
     def load_state_dict(self, state: Mapping[str, Any], device: Any) -> None:
         """Goes on from a state."""
-        if self.metric is None:
-            self._waiting = state, device
-            return
-        self._waiting = None
+        if self.metric is None and state:
+            self._example = map_structure(lambda leaf: leaf.to(device), state["example"])
+            self.metric, self._prepare = self._build(*self._example)
         if "own" in state:
             self.metric.load_state_dict(state["own"])
-            return
-        for name, one in _torchmetrics_in(self.metric).items():
-            if name in state:
-                one._update_count, one._computed = state[name]["updates"], None
-                for key, value in state[name]["values"].items():
-                    setattr(one, key, map_structure(lambda leaf: leaf.to(device), value))
-
-    def result(self) -> dict[str, Any]:
-        value = self.metric.compute()
-        if isinstance(value, Mapping):  # a MetricCollection
-            return {f"{self.prefix}{name}": _plain(part) for name, part in value.items()}
-        return {self.name: _plain(value)}
+        for name, one in _torchmetrics_in(self.metric).items() if "counted" in state else ():
+            saved = state["counted"][name]
+            one._update_count, one._computed = saved["updates"], None
+            for key, value in saved["values"].items():
+                setattr(one, key, map_structure(lambda leaf: leaf.to(device), value))
 
 
 def _torchmetrics_in(metric: Any) -> dict[str, Any]:

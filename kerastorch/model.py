@@ -54,7 +54,7 @@ from .position import Position
 from .precision import scaled_backward
 from .resume import Run, find_saved
 from .seeding import random_state_kept
-from .state import refuse_unlike, reshaped_of, restore, restore_callbacks, state_of
+from .state import refuse_unlike, reshaped_of, restore, state_of
 from .step import (
     Recipe,
     Update,
@@ -350,14 +350,12 @@ class Model:
         opened, validated = self._open((data, y, sample_weight), reading, held_out, callbacks, overfit_batches)
         taken = limits.portion("steps_per_epoch", steps_per_epoch, opened.steps)
         when = limits.frequency(validation_freq, taken.batches)
-        if validation_steps == 0:
-            validated = None
-        if validated is not None:
-            checked = limits.portion("validation_steps", validation_steps, validated.steps)
-            checks.refuse_second_pass(validated.repeats, checked.goes_on, when.is_repeated_in(bounds))
-            checked = checked.at_most(dry_run, validated.steps) if dry_run else checked
+        validated = None if validation_steps == 0 else validated
+        checked = validated and limits.portion("validation_steps", validation_steps, validated.steps)
+        checks.refuse_second_pass(validated, checked, when.is_repeated_in(bounds))
         if dry_run:
             taken, when = taken.at_most(dry_run, opened.steps), limits.Frequency()
+            checked = checked and checked.at_most(dry_run, validated.steps)
 
         params = {"verbose": verbose, "epochs": bounds.epochs, "steps": taken.batches}
         opened = self._with_optimizer(opened)
@@ -376,22 +374,11 @@ class Model:
             self.history, self.stop_training, self._callbacks = History(params), False, callbacks
             self.epochs_trained = max(self.epochs_trained, initial_epoch)
             run = self._begin_run(training, step, opened, taken, validated, initial_epoch)
-            saved = find_saved(resume, callbacks)
-            if saved is not None:
-                run.refuse_other(*saved)
-                restore_callbacks(callbacks, saved[0])
-            return loop.fit(
-                self,
-                training,
-                run.passes.epoch,
-                self.history,
-                run.position,
-                limits=bounds,
-                steps_per_epoch=taken.batches if taken.goes_on else None,
-                validation=validation,
-                step=step,
-                resume=partial(run.go_on, *saved) if saved else None,
-            )
+            saved = find_saved(resume, callbacks, run)
+            goes_on = partial(run.go_on, *saved) if saved else None
+            steps = taken.batches if taken.goes_on else None
+            options = {"limits": bounds, "steps_per_epoch": steps, "validation": validation, "step": step}
+            return loop.fit(self, training, run.passes.epoch, self.history, run.position, resume=goes_on, **options)
 
     def train_on_batch(
         self,

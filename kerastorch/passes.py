@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from .data import Data
 from .limits import Portion
 from .position import Position
@@ -86,8 +88,13 @@ class Passes:
             "batch": 0 if running is None else self._done - running.offset,
             "random": None if running is None else running.random,
             "random_before_next": self._before_pull if self._looks_ahead and self._pulled > self._done else None,
-            "own": None if self.data.own is None else self.data.own.state_dict(),
+            "own": self._own_state(running),
         }
+
+    def _own_state(self, running: Pass | None) -> Any:
+        own = self.data.own
+        # Between two passes a loader begins anew, with what it draws then.
+        return None if own is None or (running is None and isinstance(own, DataLoader)) else own.state_dict()
 
     def refuse_other_data(self, state: Mapping[str, Any], source: str) -> None:
         """A place within a pass is one in passes of the same length.
@@ -120,6 +127,8 @@ class Passes:
         if state["random"] is not None:
             set_random_state(state["random"], generators)
         batches = self.data.batches(state["pass"], state["batch"] if self.data.own is None else 0)
+        if self.data.own is not None and state["batch"] == state["steps"]:  # which its state may have forgotten
+            batches = iter(())
         if state["random_before_next"] is not None:
             set_random_state(state["random_before_next"], generators)
             batches = chain(list(islice(batches, 1)), batches)

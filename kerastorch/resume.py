@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from .checkpoint import read
 from .passes import Passes
 from .position import Position
 from .seeding import Generator, random_state, set_random_state
-from .state import refuse_unlike, restore
+from .state import refuse_unlike, restore, restore_callbacks
 from .step import Recipe, open_windows
 
 
@@ -161,21 +161,31 @@ class Run:
             warnings.warn(f"going on from within an epoch is not exact: {reason}.", stacklevel=2)
 
 
-def find_saved(resume: Any, callbacks: Iterable[Any]) -> tuple[dict[str, Any], str] | None:
+def find_saved(resume: Any, callbacks: Sequence[Any], run: Run) -> tuple[dict[str, Any], str] | None:
     """The state to go on from, and the name of its file; `None` = there is none, a run begins.
+
+    The callbacks have their part of it then.
 
     Args:
         resume: A path; `True` = the newest of the files of callbacks; `None` = the newest of those that are backups.
+        run: The run that is to go on.
         callbacks: Those with `backups()` are always asked, those with `saved_files()` where `resume` is `True`.
     Raises:
         OSError: there is no such file.
         TypeError, ValueError: the file is damaged or something else; or no callback writes files to go on from.
     """
+    saved = _found(resume, callbacks)
+    if saved is not None:
+        run.refuse_other(*saved)
+        restore_callbacks(callbacks, saved[0])
+    return saved
+
+
+def _found(resume: Any, callbacks: Sequence[Any]) -> tuple[dict[str, Any], str] | None:
     if isinstance(resume, (str, os.PathLike)):
         return read(resume), repr(str(resume))
     if resume not in (None, True, False):
         raise TypeError(f"resume={resume!r} is a {type(resume).__name__}, expected the path of a file, True or None.")
-    callbacks = list(callbacks)
     files = [path for one in callbacks if hasattr(one, "backups") for path in one.backups()]
     if resume:
         _refuse_no_savers(callbacks)

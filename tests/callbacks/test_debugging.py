@@ -13,7 +13,7 @@ from kerastorch import debugging
 from kerastorch.callbacks.debugging import NaNFinder, nan_finders
 
 STEP = "step 1 (epoch 1, batch 1, counted from 1)"
-ALL_10 = "rows [0, 1, 2, 3, 4, 5, 6, 7, ... (10 in all)] of the batch"
+ALL_10 = "samples [0, 1, 2, 3, 4, 5, 6, 7, ... (10 in all)]"
 GENTLER = "Try a lower lr or clip=1.0 in compile"
 LAYER = f"{GENTLER}, look at these samples, and for a log, root or division of 0 add an eps."
 GRADIENT = f"{GENTLER}, and for a root, norm or division of 0 add an eps within it."
@@ -79,7 +79,7 @@ def test_a_layer_that_returns_nan_is_named_with_its_samples(digits):
     model = model_of(nn.Sequential(linear(), nn.Sequential(nn.Identity(), Log()), nn.Identity()))
     assert error_of(model, x, y) == (
         f"the loss of step 2 (epoch 1, batch 2, counted from 1) is nan. It began in '1.1' (Log), the first layer whose "
-        f"result is not finite: it returned nan for rows [2, 7] of the batch. {LAYER}"
+        f"result is not finite: it returned nan for samples [12, 17]. {LAYER}"
     )
 
 
@@ -94,7 +94,8 @@ def test_steps_epochs_and_batches_are_counted_from_1(digits):
     model = model_of(nn.Sequential(linear(), Function(forward)))
     assert error_of(model, x, y, epochs=3, accumulate=2) == (
         f"the loss of step 11 (epoch 2, batch 5, counted from 1) is nan. It began in '1' (Function), the first layer "
-        f"whose result is not finite: it returned inf for {ALL_10}. {LAYER}"
+        f"whose result is not finite: it returned inf for samples [40, 41, 42, 43, 44, 45, 46, 47, ... (10 in "
+        f"all)]. {LAYER}"
     )
 
 
@@ -160,18 +161,18 @@ def test_data_that_is_not_finite_is_told_from_layers(digits):
     rest = "Leave these samples out, or fill in what is missing."
     assert error_of(model_of(nn.Sequential(linear())), x, y) == (
         f"the loss of step 2 (epoch 1, batch 2, counted from 1) is nan. It began in the data: the input has nan in "
-        f"rows [2, 7] of the batch. {rest}"
+        f"samples [12, 17]. {rest}"
     )
     x[12:] = torch.inf
     module = Function(lambda left, right: left + right)
     module.layer = linear()
     both = Function(lambda left, right: module.layer(left + right))
     both.layer = module.layer
-    assert "It began in the data: input[1] has inf in rows [2, 3, 4, 5, 6, 7, 8, 9] of the batch. " in error_of(
+    assert "It began in the data: input[1] has inf in samples [12, 13, 14, 15, 16, 17, 18, 19]. " in error_of(
         model_of(both), (x.clamp(max=1).nan_to_num(), x.nan_to_num(posinf=torch.inf)), y
     )
     named = {"left": x.clamp(max=1).nan_to_num(), "right": x}
-    assert "It began in the data: input['right'] has inf in rows" in error_of(model_of(both), named, y)
+    assert "It began in the data: input['right'] has inf in samples" in error_of(model_of(both), named, y)
 
 
 def test_without_a_layer_it_is_the_loss_function_or_the_targets(digits):
@@ -294,7 +295,9 @@ def test_infinities_in_a_mask_that_is_frozen_are_no_error(digits):
 def test_a_layer_is_found_in_whatever_way_steps_are_made(digits, options, given):
     options = {"optimizer": "sgd", "lr": 1e-3} | options
     told = error_of(model_of(nn.Sequential(linear(), Function(lambda x: -x), Log()), **options), *digits, **given)
-    assert "is nan. It began in '2' (Log), the first layer whose result is not finite: it returned nan for rows" in told
+    assert (
+        "is nan. It began in '2' (Log), the first layer whose result is not finite: it returned nan for samples" in told
+    )
     x, y = digits
     with kt.debug_nan():  # and without a mistake nothing is found
         model_of(nn.Sequential(linear(), nn.ReLU(inplace=True), nn.Dropout(0.1)), **options).fit(

@@ -1,0 +1,318 @@
+"""Runs that end anywhere and go on: bit-equal to one that did not end."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import kerastorch as kt
+from kerastorch.callbacks import EMA, BackupAndRestore
+
+from . import reference
+
+generator = torch.Generator().manual_seed(0)
+X = torch.randn(52, 6, generator=generator)
+Y = (X.sum(1, keepdim=True) > 0).float()
+
+
+class Killed(Exception):
+    pass
+
+
+class Die(kt.Callback):
+    """Raises before the batch of a number, counted over the run."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+
+
+class Augmented(Dataset):
+    """Samples with noise of all three libraries."""
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        return X[index] + 0.1 * torch.randn(6) + random.random() + np.random.rand(), Y[index]
+
+
+class OwnNoise(Dataset):
+    """Samples with noise from generators of the dataset's own."""
+
+    def __init__(self):
+        self.numpy, self.legacy = np.random.default_rng(3), np.random.RandomState(1)
+        self.python, self.torch = random.Random(2), torch.Generator().manual_seed(4)
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        noise = float(self.numpy.normal()) + self.legacy.rand() + self.python.random()
+        return X[index] + noise + torch.randn(6, generator=self.torch), Y[index]
+
+
+class Stream(IterableDataset):
+    """Samples one after the other, that knows where it is."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        while self.at < 50:
+            self.at += 1
+            yield X[self.at - 1], Y[self.at - 1]
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def loader(dataset=None, **options):
+    return DataLoader(dataset or Augmented(), 5, shuffle=not isinstance(dataset, Stream), **options)
+
+
+DATA = {
+    "arrays": lambda: ((X, Y), {"batch_size": 5}),
+    "arrays that go on": lambda: ((X, Y), {"batch_size": 5, "steps_per_epoch": 7}),
+    "dataset": lambda: ((Augmented(),), {"batch_size": 5}),
+    "dataset with generators": lambda: ((OwnNoise(),), {"batch_size": 5}),
+    "loader": lambda: ((loader(),), {}),
+    "loader that goes on": lambda: ((loader(),), {"steps_per_epoch": 7}),
+    "loader with a generator": lambda: ((loader(generator=torch.Generator().manual_seed(3)),), {}),
+    "loader of tensors": lambda: ((loader(TensorDataset(X, Y)),), {}),
+    "loader of tensors that goes on": lambda: ((loader(TensorDataset(X, Y)),), {"steps_per_epoch": 7}),
+    "workers": lambda: ((loader(num_workers=2),), {}),
+    "workers that persist": lambda: (
+        (loader(num_workers=2, persistent_workers=True),),
+        {"steps_per_epoch": 7},
+    ),
+    "stream with a state": lambda: ((Stream(),), {"batch_size": 5}),
+    "list of batches": lambda: (([(X[i : i + 5], Y[i : i + 5]) for i in range(0, 52, 5)],), {}),
+    "callable": lambda: ((lambda: ((X[i : i + 5], Y[i : i + 5]) for i in range(0, 52, 5)),), {}),
+}
+
+
+def run(data, *callbacks, **options):
+    kt.set_seed(11)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+    schedule = kt.schedules.cosine(steps=15)
+    model = kt.Model(net, backend="cpu").compile(
+        "adamw", "bce_with_logits", metrics=["accuracy", "auc"], schedule=schedule, lr=0.01, clip=1.0
+    )
+    given, more = DATA[data]()
+    options = {"epochs": 3, "accumulate": 3, "validation_data": (X[:20], Y[:20]), "verbose": 0} | more | options
+    return model, model.fit(*given, callbacks=[EMA(0.9), *callbacks], **options)
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize(("freq", "at"), [("epoch", 14), (1, 9), (4, 20)])
+def test_a_run_that_died_ends_as_the_one_that_did_not(tmp_path, data, freq, at):
+    whole, history = run(data)
+    with pytest.raises(Killed):
+        run(data, Die(at), BackupAndRestore(tmp_path, save_freq=freq))
+    model, resumed = run(data, BackupAndRestore(tmp_path, save_freq=freq))
+    assert reference.same_weights(model.module, whole.module)
+    assert resumed.history == history.history and resumed.epoch == history.epoch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_before_the_place_are_not_loaded(tmp_path, workers):
+    class Counting(Augmented):
+        loaded = torch.zeros(52, dtype=torch.int64).share_memory_()
+
+        def __getitem__(self, index):
+            self.loaded[index] += 1
+            return super().__getitem__(index)
+
+    def fit(*callbacks):
+        kt.set_seed(0)
+        model = kt.Model(nn.Linear(6, 1), backend="cpu").compile("sgd", "mse")
+        model.fit(loader(Counting(), num_workers=workers), callbacks=callbacks, verbose=0)
+
+    with pytest.raises(Killed):
+        fit(BackupAndRestore(tmp_path, save_freq=8), Die(8))
+    Counting.loaded.zero_()
+    fit(BackupAndRestore(tmp_path, save_freq=8))
+    assert Counting.loaded.sum() == 12
+
+
+def test_what_workers_draw_does_not_depend_on_how_many_there_are(monkeypatch):
+    two, _ = run("workers")
+    monkeypatch.setitem(DATA, "workers", lambda: ((loader(num_workers=3),), {}))
+    three, _ = run("workers")
+    assert reference.same_weights(two.module, three.module)
+
+
+def test_a_file_of_a_finished_run_is_gone_on_from_with_more_epochs(tmp_path):
+    schedule = {"epochs": 4}
+    whole, history = run("loader", **schedule)
+    model, _ = run("loader", epochs=2)
+    model.save(tmp_path / "half.pt")
+    torch.rand(7)  # what is drawn in between is no part of the run
+    resumed, after = run("loader", resume=tmp_path / "half.pt", **schedule)
+    assert reference.same_weights(resumed.module, whole.module) and after.history == history.history
+
+
+def test_a_run_that_max_steps_cut_goes_on_within_its_window(tmp_path):
+    whole, history = run("arrays", max_steps=9)
+    run("arrays", BackupAndRestore(tmp_path, delete_checkpoint=False), max_steps=5)
+    model, resumed = run("arrays", BackupAndRestore(tmp_path), max_steps=9)
+    assert reference.same_weights(model.module, whole.module) and resumed.history == history.history
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("data", ["arrays", "workers"])
+def test_a_signal_ends_a_run_that_can_go_on_exactly(tmp_path, name, data):
+    class Signal(kt.Callback):
+        def on_before_backward(self, loss):
+            if self.model._live_run.position.epoch == 1 and self.model._live_run.position.batch == 4:
+                os.kill(os.getpid(), getattr(signal, name))
+
+    whole, history = run(data)
+    _, cut = run(data, BackupAndRestore(tmp_path), Signal())
+    assert cut.stopped_by == ("interrupt" if name == "SIGINT" else name) and cut.epoch == [0, 1]
+    model, resumed = run(data, BackupAndRestore(tmp_path))
+    assert reference.same_weights(model.module, whole.module) and resumed.history == history.history
+    assert resumed.stopped_by is None
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("freq", [1, "4 steps"])
+def test_a_validation_that_a_signal_broke_off_is_done_again(tmp_path, freq):
+    class Signal(kt.Callback):
+        validations = 0
+
+        def on_test_batch_end(self, batch, logs=None):
+            self.validations += batch == 0
+            if self.validations == 2 and batch == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"validation_freq": freq, "validation_batch_size": 5}
+    whole, history = run("loader", **options)
+    run("loader", BackupAndRestore(tmp_path), Signal(), **options)
+    model, resumed = run("loader", BackupAndRestore(tmp_path), **options)
+    assert reference.same_weights(model.module, whole.module)
+    assert resumed.history == history.history and resumed.intervals == history.intervals
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    class Twice(kt.Callback):
+        def on_before_backward(self, loss):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("arrays", Twice())
+
+
+def test_a_process_group_that_is_told_to_end_saves_and_leaves_nobody_behind(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import time, torch, kerastorch as kt
+            from torch.utils.data import DataLoader, Dataset
+
+            class Slow(Dataset):
+                def __len__(self):
+                    return 4000
+
+                def __getitem__(self, index):
+                    time.sleep(0.002)
+                    return torch.rand(3), torch.rand(1)
+
+            class Say(kt.Callback):
+                def on_train_batch_end(self, batch, logs=None):
+                    print("batch", batch, flush=True)
+
+            model = kt.Model(torch.nn.Linear(3, 1), backend="cpu").compile("sgd", "mse")
+            callbacks = [Say(), kt.callbacks.BackupAndRestore({str(tmp_path / "backup")!r})]
+            history = model.fit(DataLoader(Slow(), 5, num_workers=2), callbacks=callbacks, verbose=0)
+            print("stopped by", history.stopped_by, flush=True)
+            """
+        )
+    )
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ
+    )
+    try:
+        for line in process.stdout:
+            if line == "batch 5\n":
+                os.killpg(process.pid, signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+        assert process.wait(60) == 0 and rest.endswith("stopped by SIGTERM\n")
+        assert os.listdir(tmp_path / "backup") == ["backup.pt"]
+        time.sleep(0.2)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_sample_that_fails_is_named(tmp_path):
+    class Broken(Augmented):
+        def __getitem__(self, index):
+            if index == 17:
+                raise ValueError("no such picture")
+            return super().__getitem__(index)
+
+    for data in (Broken(), loader(Broken()), loader(Broken(), num_workers=2)):
+        model = kt.Model(nn.Linear(6, 1), backend="cpu").compile("sgd", "mse")
+        with pytest.raises(ValueError, match=r"no such picture \(raised by the dataset for sample 17\)"):
+            model.fit(data, verbose=0)
+
+
+def test_what_cannot_be_exact_is_said_once(tmp_path):
+    def batches():
+        for start in range(0, 52, 5):
+            yield X[start : start + 5], Y[start : start + 5]
+
+    model = kt.Model(nn.Linear(6, 1), backend="cpu").compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="is not exact") as said:
+        model.fit(batches(), callbacks=BackupAndRestore(tmp_path, save_freq=2), verbose=0)
+    assert len(said) == 1 and "neither numbered samples nor a state_dict" in str(said[0].message)
+
+
+REFUSED = {
+    "no file": ({"resume": "nowhere.pt"}, FileNotFoundError, "there is no file 'nowhere.pt'"),
+    "no path": ({"resume": 3}, TypeError, "resume=3 is a int, expected the path of a file, True or None"),
+    "no saver": ({"resume": True}, ValueError, "resume=True looks for files of the callbacks, none of which"),
+    "dry": ({"resume": True, "dry_run": True}, ValueError, "resume=True and dry_run=True were both given"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_run_to_go_on_with_is_refused(case):
+    options, error, text = REFUSED[case]
+    with pytest.raises(error, match=text):
+        run("arrays", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"batch_size": 4}, "goes on at batch 4 of 11, but the data now has 13"), ({"accumulate": 2}, "accumulate=3")],
+)
+def test_other_data_and_windows_are_refused_within_an_epoch(tmp_path, options, text):
+    with pytest.raises(Killed):
+        run("arrays", BackupAndRestore(tmp_path, save_freq=4), Die(5))
+    with pytest.raises(ValueError, match=text):
+        run("arrays", BackupAndRestore(tmp_path), **options)
