@@ -93,10 +93,11 @@ BELOW = {
     "callbacks.__init__": {f"callbacks.{path.stem}" for path in (PACKAGE / "callbacks").glob("*.py")},
     "callbacks.averaging": {"callbacks.base", "callbacks.rates"},
     "callbacks.backup": {"callbacks.base", "callbacks.files"},
+    "callbacks.background": set(),
     "callbacks.files": {"writing"},
     "callbacks.checkpoint": {
-        "callbacks.filenames", "callbacks.files", "callbacks.messages", "callbacks.monitoring", "checkpoint",
-        "durations", "state",
+        "callbacks.background", "callbacks.filenames", "callbacks.files", "callbacks.messages", "callbacks.monitoring",
+        "checkpoint", "durations", "state",
     },
     "callbacks.debugging": {"callbacks.base", "debugging", "structures"},
     "callbacks.functions": {"callbacks.base"},

@@ -295,7 +295,7 @@ class StochasticWeightAveraging(_Averaging):
     def _forget(self) -> None:
         self._count = 0  # epochs in the averages
         self._unaveraged: int | None = None  # the epoch that was trained last, until its end is averaged
-        self._evaluating: list[nn.Module] | None = None  # what is not in train mode in training
+        self._evaluating: list[str] | None = None  # names of what is not in train mode in training
         self._rates: dict[str, list[float]] = {}  # of each optimizer, before they were annealed
         self._annealed: dict[str, dict[str, Any]] = {}  # states of the schedulers, loaded
         self._schedulers: dict[Optimizer, SWALR] = {}
@@ -334,7 +334,7 @@ class StochasticWeightAveraging(_Averaging):
     def on_train_batch_begin(self, batch: int, logs: MutableMapping | None = None) -> None:
         if self._is_new_epoch and self._epoch >= self._start:
             self._unaveraged = self._epoch
-            self._evaluating = [part for part in self.model.module.modules() if not part.training]
+            self._evaluating = [name for name, part in self.model.module.named_modules() if not part.training]
             if self._count:
                 # Before a step changes what was unfrozen since: so far its average is what it is.
                 for name, parameter in self._averaged().items():
@@ -371,6 +371,7 @@ class StochasticWeightAveraging(_Averaging):
             "own": dict(self._own),
             "count": self._count,
             "unaveraged": self._unaveraged,
+            "evaluating": self._evaluating,
             "rates": {name: list(rates) for name, rates in self._rates.items()},
             "annealed": {names[optimizer]: _position(one) for optimizer, one in self._schedulers.items()},
         }
@@ -380,6 +381,7 @@ class StochasticWeightAveraging(_Averaging):
         self._forget()
         self._averages, self._own = dict(state["averages"]), dict(state["own"])
         self._count, self._unaveraged = state["count"], state["unaveraged"]
+        self._evaluating = state["evaluating"]
         self._rates = {name: list(rates) for name, rates in state["rates"].items()}
         self._annealed = {name: dict(one) for name, one in state["annealed"].items()}
         self._is_loaded = True
@@ -414,7 +416,7 @@ class StochasticWeightAveraging(_Averaging):
         return scheduler
 
     def _restore_rates(self) -> None:
-        for name, optimizer in self._optimizers().items() if self._schedulers else ():
+        for name, optimizer in self._optimizers().items() if self._rates else ():
             _set_rates(optimizer, self._rates[name])
 
     def _refuse_other_rates(self) -> None:
@@ -429,7 +431,7 @@ class StochasticWeightAveraging(_Averaging):
     def _norms(self) -> dict[str, _BatchNorm]:
         """What has running statistics that training changed, by name."""
         parts = self.model.module.named_modules()
-        return {name: part for name, part in parts if _has_statistics(part) and part not in self._evaluating}
+        return {name: part for name, part in parts if _has_statistics(part) and name not in self._evaluating}
 
     @torch.no_grad()
     def _compute_statistics(self, norms: list[_BatchNorm]) -> None:
@@ -437,8 +439,8 @@ class StochasticWeightAveraging(_Averaging):
         if not norms:
             return
         self.model.module.train()
-        for part in self._evaluating:
-            part.training = False
+        for name in self._evaluating:
+            self.model.module.get_submodule(name).training = False
         momenta = [norm.momentum for norm in norms]
         try:
             for norm in norms:

@@ -7,28 +7,54 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import WEIGHTS, refuse_ending, replacing
+from ..checkpoint import WEIGHTS, refuse_ending, snapshot, write, write_weights
 from ..durations import seconds
-from ..state import refuse_unsavable
+from ..state import refuse_unsavable, state_of
+from .background import Background
 from .filenames import FileName
-from .files import make_folder
+from .files import link_or_copy, make_folder
 from .messages import is_verbose, say
-from .monitoring import Monitoring
+from .monitoring import SIGNALS, Monitoring
+
+
+@dataclass
+class _Task:
+    """What is to be written at a safe point, and in a state says what a run that goes on is still to write.
+
+    Attributes:
+        epoch: Number of the epoch, 0-based.
+        path: The file, before it gets a number where it is there already; `None` = only `last`.
+        value: What was monitored; `None` = nothing.
+        last: The moment that `last` is due for, too; `None` = it is not.
+        undo: What the callback knows without what is not on the disk yet.
+    """
+
+    epoch: int
+    path: str | None = None
+    value: float | None = None
+    last: list[int] | None = None
+    undo: dict[str, Any] | None = None
 
 
 class ModelCheckpoint(Monitoring):
     """Saves the run: after each epoch, so many batches or so much time, and all of it or the best.
 
-    A file has all of the state, for `model.load`, or the weights alone, for `model.load_weights`. It appears whole or
-    not at all. After a validation by the averages of an `EMA`, these are the weights; a full file has both.
+    A file has all of the state, for `fit(resume=...)` and `model.load`, or the weights alone, for `model.load_weights`.
+    It appears whole or not at all: when all callbacks, those behind this one too, have done their part of the batch or
+    the epoch, so that a run goes on from it exactly. After a validation by the averages of an `EMA`, these are the
+    weights; a full file has both.
+
+    A run that is ended early (by a signal, a limit, `stop_training`) leaves all of its state in `last` as it was before
+    its last epoch was cut short: it is gone on from there, and an epoch that a signal has cut gets no full file.
 
     What is monitored is judged at the end of each epoch, or after each validation within it. With `save_freq` batches
     or `every`, a value of the training is judged when the time has come, a `val_` value after the next validation
@@ -55,7 +81,13 @@ class ModelCheckpoint(Monitoring):
             Default: `False`.
         every: Time between two files, instead of epochs: seconds, a `timedelta`, `{"hours": 1}` or `"DD:HH:MM:SS"`.
             Default: `None`.
-        on_exception: Whether to save to `exception`, beside `last`, when an error ends the run. Default: `False`.
+        on_exception: Whether to save to `exception`, beside `last`, when an error ends the run: for a look at it. What
+            goes on from there is not exact. Default: `False`.
+        background: Whether files are written by a thread while training goes on, from a copy in the CPU's memory. One
+            at a time is: the next one waits for it, and so does the end of the run. Default: `False`.
+        on_write_error: What follows when the system refuses to write a file, as a full disk does: `"raise"`, or
+            `"warn"` = it is said, once of each kind, training goes on, and the next file is tried again. Files that are
+            there stay. With `background` it is seen when the next file is due, or the epoch ends. Default: `"raise"`.
     Attributes:
         best: The best value so far; `None` before the first.
         best_model_path: The file with the best value, the newest one where nothing is monitored; `""` before it.
@@ -63,7 +95,8 @@ class ModelCheckpoint(Monitoring):
     Raises:
         ValueError: an argument that is none of these, or a combination that means nothing. When a file is written: a
             name in braces that the logs do not have.
-        OSError: when training begins, the folder cannot be written to; later, a file cannot be.
+        OSError: when training begins, the folder cannot be written to; later, with `on_write_error="raise"`, a file
+            cannot be.
         TypeError: a path that is none. Before the first epoch: the state has something that no file can hold.
     Example:
         >>> import tempfile, torch, kerastorch as kt
@@ -93,6 +126,8 @@ class ModelCheckpoint(Monitoring):
         save_last: bool = False,
         every: Any = None,
         on_exception: bool = False,
+        background: bool = False,
+        on_write_error: str = "raise",
     ) -> None:
         has_best = save_best_only or save_top_k is not None
         super().__init__("val_loss" if monitor is None and not has_best else monitor, mode)
@@ -106,6 +141,7 @@ class ModelCheckpoint(Monitoring):
             save_last,
             on_exception,
         )
+        self.background, self.on_write_error = background, on_write_error
         self.every_s = None if every is None else seconds(every, "every")
         self._name = FileName(self.filepath)
         self._refuse_mistakes()
@@ -116,8 +152,12 @@ class ModelCheckpoint(Monitoring):
         self._is_due = self._saves_epochs
         self._is_running = self._is_checked = False
         self._before_dry_run: dict[str, Any] | None = None
-        self._newest = ""  # the file of this moment
-        self._steps_of_last: int | None = None
+        self._moment_of_last: list[int] | None = None  # optimizer steps, and samples of the epoch, in `last`
+        self._task: _Task | None = None  # for the next safe point
+        self._writing: _Task | None = None
+        self._thread = Background() if background else None
+        self._is_paused = False
+        self._said: set[Any] = set()  # kinds of errors
         if self._saves_epochs and type(self).on_train_batch_end is ModelCheckpoint.on_train_batch_end:
             self.on_train_batch_end = super().on_train_batch_end  # none, so that the loop calls none
 
@@ -136,14 +176,28 @@ class ModelCheckpoint(Monitoring):
         """The value of the file at `best_model_path`; `None` where there is none, or nothing is monitored."""
         return self.best if self.best_model_path and self.monitor is not None else None
 
+    def saved_files(self) -> list[Path]:
+        """The files of all state that are on the disk, those of earlier processes too, in no order; for `fit(resume)`.
+
+        Of files with numbers in their names those are meant that have numbers there.
+        """
+        if self.save_weights_only:
+            return []
+        others = [self.best_model_path, *self._kept, *([self._beside("last")] if self.save_last else [])]
+        found = self._name.files(self._place(self._name.folder or "."))
+        return [*{*found, *(self._place(path) for path in others if path and self._is_there(path))}]
+
     # When.
 
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
         super().on_train_begin(logs)
-        make_folder(self.model.path_for(self._name.folder), type(self).__name__)
+        make_folder(self._place(self._name.folder), type(self).__name__)
         self._before_dry_run = self.state_dict() if self.model.is_dry_run else None
         self._kept = {path: value for path, value in self._kept.items() if self._is_there(path)}
-        self._is_running, self._is_checked, self._newest, self._steps_of_last = True, False, "", None
+        if not self._is_loaded:
+            self._task, self._moment_of_last = None, None
+        self._is_running, self._is_checked, self._is_paused = True, False, False
+        self._said = set()
         self._began = time.monotonic()
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
@@ -152,6 +206,9 @@ class ModelCheckpoint(Monitoring):
         if not self._is_checked:  # here, where all callbacks have begun
             refuse_unsavable(self.model, is_weights=self.save_weights_only)
             self._is_checked = True
+            if self._moment_of_last is not None and self._moment_of_last[0] > self.model.steps_taken:
+                self._moment_of_last = None  # of a run that this one is not the rest of
+            self._save_what_is_due()  # what the run that this one goes on from had no time for
 
     def on_train_batch_end(self, batch: int, logs: MutableMapping | None = None) -> None:
         self._batch = batch
@@ -159,39 +216,50 @@ class ModelCheckpoint(Monitoring):
             return
         self._is_due = True
         if self.monitor is None:
-            self._save(self._epoch, logs)
+            self._plan(self._epoch, logs)
         else:
             self._judge(self._epoch, logs)  # a `val_` value is not there, and waits
-        self._update_last()
+        self._plan_last()
 
     def on_interval_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
         if self._awaits_validation:
             super().on_interval_end(epoch, logs)
-            self._newest = ""
 
     def on_epoch_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
         if not self.model.samples_seen:  # it ended before its first batch
             return
+        self._wait()
+        if not self.save_weights_only and self.model.history.stopped_by in SIGNALS:
+            return  # it is not over: the run that goes on ends it
         if self.monitor is None and self._saves_epochs:
-            self._save(epoch, logs)
+            self._plan(epoch, logs)
         elif self._awaits_validation or (self.monitor is not None and self._saves_epochs):
             super().on_epoch_end(epoch, logs)
-        if self._saves_epochs:
-            self._update_last()
-        self._newest = ""
+        if self._saves_epochs or epoch + 1 == self.params["epochs"]:
+            self._plan_last()
 
     def judge(self, epoch: int, logs: MutableMapping, value: float) -> None:
         if not self._is_due:
             return
+        self._wait()  # what is better than the best depends on whether that could be written
         self._is_due = self._saves_epochs
         if self._is_among_best(value):
-            self._save(epoch, logs, value)
+            self._plan(epoch, logs, value)
         elif self.verbose:
             say(f"Epoch {epoch + 1}: {self.monitor} = {value:.5f} is not among the best, down to {self._bound():.5f}")
 
+    def on_train_pause(self) -> None:
+        if self.save_last and not self.save_weights_only:
+            if self._moment_of_last != self._moment():
+                self._plan_last()
+            self._is_paused = True
+
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
-        if self._steps_of_last != self.model.steps_taken:
-            self._update_last()
+        self._save_what_is_due()
+        if (self._moment_of_last or [None])[0] != self.model.steps_taken:
+            self._plan_last()
+            self._save_what_is_due()
+        self._wait()
         if self.monitor is not None:
             super().on_train_end(logs)
         self._end()
@@ -199,15 +267,14 @@ class ModelCheckpoint(Monitoring):
     def on_exception(self, error: BaseException) -> None:
         if not self._is_running:
             return
-        # Who presses Ctrl-C a second time wants the end at once.
-        if self.saves_errors and self.model.steps_taken and not isinstance(error, KeyboardInterrupt):
-            try:
-                self._newest = ""
-                self._write(self._beside("exception"))
-                self._newest = self._beside("exception")
-                self._update_last()
-            except Exception as failure:  # the first error is the one to be seen
-                warnings.warn(f"{type(self).__name__} could not save what {error!r} ended: {failure}", stacklevel=2)
+        self._task = None
+        try:
+            self._wait()
+            # Who presses Ctrl-C a second time wants the end at once.
+            if self.saves_errors and self.model.steps_taken and not isinstance(error, KeyboardInterrupt):
+                self._save_error()
+        except Exception as failure:  # the first error is the one to be seen
+            warnings.warn(f"{type(self).__name__} could not save what {error!r} ended: {failure}", stacklevel=2)
         self._end()
 
     def _end(self) -> None:
@@ -215,6 +282,9 @@ class ModelCheckpoint(Monitoring):
         self._is_running = False
         if self._before_dry_run is not None:
             self._take(self._before_dry_run)
+
+    def _moment(self) -> list[int]:
+        return [self.model.steps_taken, self.model.samples_seen]
 
     @property
     def _saves_epochs(self) -> bool:
@@ -256,34 +326,81 @@ class ModelCheckpoint(Monitoring):
         """A value of which lower is better, and NaN worst."""
         return math.inf if math.isnan(value) else value if self.mode == "min" else -value
 
-    def _save(self, epoch: int, logs: Mapping[str, Any] | None, value: float | None = None) -> None:
-        """Writes a file, and deletes the one that it takes the place of: when it is safe, and not before."""
-        before = self.best, self.best_model_path, dict(self._kept)
-        loser = self._worst() if self._is_full else None
-        path = self._path(epoch, {} if logs is None else logs, loser)
-        self._note(path, value, loser)  # first: the file has it too
-        try:
-            self._write(path)
-        except BaseException:
-            self.best, self.best_model_path, self._kept = before
-            raise
-        self._newest = path
-        if self.verbose:
-            what = "" if value is None else f"{self.monitor} = {value:.5f}, the best is {self.best:.5f}, "
-            say(f"Epoch {epoch + 1}: {what}saved {path}")
-        if loser is not None and loser != path:
-            self._delete(loser)
+    # At the next safe point.
 
-    def _path(self, epoch: int, logs: Mapping[str, Any], loser: str | None) -> str:
+    def _plan(self, epoch: int, logs: Mapping[str, Any] | None, value: float | None = None) -> None:
+        """Has a file written when all callbacks have done their part."""
         counts = {"epoch": epoch + 1, "batch": self._batch + 1, "step": self.model.steps_taken}
-        path = self._name.filled(counts, logs)
+        path = self._name.filled(counts, {} if logs is None else logs)
+        self._await_safe_point(path=path, epoch=epoch, value=value)
+
+    def _plan_last(self) -> None:
+        if self.save_last and not self._is_paused:
+            self._await_safe_point(last=self._moment())
+
+    def _await_safe_point(self, **due: Any) -> None:
+        is_first, self._task = self._task is None, replace(self._task or _Task(self._epoch), **due)
+        if is_first:
+            self.model.at_safe_point(self._save_what_is_due)
+
+    def _save_what_is_due(self) -> None:
+        """Writes the file that is due and `last`, or has them written while training goes on."""
+        if self._task is None:
+            return
+        self._wait()
+        task, self._task = self._task, None
+        task.undo = self._books()
+        loser = self._note(task)  # first: the file has it too
+        try:
+            act = partial(self._carry_out, task, loser, self._books(), self._writer())
+            if self._thread is None:
+                act()
+            else:
+                self._thread.start(act)
+                self._writing = task
+        except BaseException as error:
+            self._fail(task, error)
+
+    def _wait(self) -> None:
+        """Until the thread has nothing to do; its error is raised here, or said."""
+        if self._writing is None:
+            return
+        try:
+            self._thread.wait()
+        except Exception as error:
+            self._fail(self._writing, error)
+        finally:
+            self._writing = None
+
+    def _fail(self, task: _Task, error: BaseException) -> None:
+        """What could not be written is forgotten, and the error raised or, once of each kind, said."""
+        self._enter(task.undo)
+        if self.on_write_error == "raise" or not isinstance(error, OSError):
+            raise error
+        if error.errno not in self._said:
+            self._said.add(error.errno)
+            reason = (error.strerror or str(error)).rstrip(".")
+            warnings.warn(f"{type(self).__name__} goes on without a file: {reason}.", stacklevel=2)
+
+    def _note(self, task: _Task) -> str | None:
+        """Enters a file and `last` as if they were written, and returns the file that goes."""
+        loser = None
+        if task.path is not None:
+            loser = self._worst() if self._is_full else None
+            task.path = self._numbered(task.path, loser)
+            self._note_file(task.path, task.value, loser)
+        if task.last is not None:
+            self._moment_of_last, self.last_model_path = task.last, self._beside("last")
+        return loser if loser != task.path else None
+
+    def _numbered(self, path: str, loser: str | None) -> str:
         stem, suffix, number = path.removesuffix(self._name.suffix), self._name.suffix, 0
         while path in self._kept and path != loser:
             number += 1
             path = f"{stem}-v{number}{suffix}"
         return path
 
-    def _note(self, path: str, value: float | None, loser: str | None) -> None:
+    def _note_file(self, path: str, value: float | None, loser: str | None) -> None:
         if value is None:
             self.best_model_path = path
         elif self.save_best_only:
@@ -296,35 +413,58 @@ class ModelCheckpoint(Monitoring):
 
     # Files.
 
-    def _write(self, path: str) -> None:
-        self._write_to(self.model.path_for(path))
-
-    def _write_to(self, path: Path) -> None:
+    def _writer(self) -> Callable[[Path], None]:
+        """Writes the state to a path: as it is then or, for the thread, as it is now."""
+        if self._thread is None:
+            return self.model.save_weights if self.save_weights_only else self.model.save
         if self.save_weights_only:
-            self.model.save_weights(path)
-        else:
-            self.model.save(path)
+            weights = snapshot(self.model.module.state_dict())
+            return lambda path: write_weights(path, weights)
+        state = snapshot(state_of(self.model, self.model._callbacks))
+        return lambda path: write(path, state)
 
-    def _update_last(self) -> None:
-        """The state of this moment at `last`: a link to the file of this moment, where there is one."""
-        newest, self._newest = self._newest, ""
-        if not self.save_last:
-            return
-        self._steps_of_last, self.last_model_path = self.model.steps_taken, self._beside("last")
-        # A file of its own each time: what is written into a link is written into the file that it links to.
-        with replacing(self.model.path_for(self.last_model_path)) as temporary:
-            if newest:
-                _link(self.model.path_for(newest), temporary)
-            else:
-                self._write_to(temporary)
+    def _carry_out(
+        self, task: _Task, loser: str | None, books: dict[str, Any], write_to: Callable[[Path], None]
+    ) -> None:
+        """One thing after the other: what is on the disk is not given up before what comes is safe."""
+        last = self._place(self._beside("last"))
+        if task.path is not None:
+            write_to(self._place(task.path))
+            task.undo = books | {name: task.undo[name] for name in ("last_model_path", "moment_of_last")}
+            if self.verbose:
+                self._say_saved(task, books["best"])
+            if loser is not None:
+                self._delete(loser)
+        if task.last is not None and task.path is not None:
+            link_or_copy(self._place(task.path), last)
+        elif task.last is not None:
+            write_to(last)
+        elif self._is_paused and last.exists():
+            os.utime(last)  # the newest file is what the run goes on from
+        task.undo = books
+
+    def _say_saved(self, task: _Task, best: float | None) -> None:
+        what = "" if task.value is None else f"{self.monitor} = {task.value:.5f}, the best is {best:.5f}, "
+        say(f"Epoch {task.epoch + 1}: {what}saved {task.path}")
+
+    def _save_error(self) -> None:
+        """The state of an error; `last`, which a run goes on from, stays, but weights alone are the newest there."""
+        path = self._place(self._beside("exception"))
+        (self.model.save_weights if self.save_weights_only else self.model.save)(path)
+        if self.save_last and self.save_weights_only:
+            link_or_copy(path, self._place(self._beside("last")))
+            self.last_model_path = self._beside("last")
+
+    def _place(self, path: str) -> Path:
+        return Path(path) if self.model is None else self.model.path_for(path)
 
     def _is_there(self, path: str) -> bool:
         """Whether a file kept before is one to go on with; what is elsewhere is not ours to delete."""
-        return Path(path).parent.is_relative_to(self._name.folder) and self.model.path_for(path).exists()
+        return Path(path).parent.is_relative_to(self._name.folder) and self._place(path).exists()
 
     def _delete(self, path: str) -> None:
         try:
-            self.model.path_for(path).unlink(missing_ok=True)
+            self._place(path).unlink(missing_ok=True)
         except OSError as error:  # no reason to end a run
             warnings.warn(f"{type(self).__name__} could not delete {path!r}: {error.strerror}.", stacklevel=2)
 
@@ -334,15 +474,11 @@ class ModelCheckpoint(Monitoring):
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value, and the files that are kept with their values."""
-        return super().state_dict() | {
-            "best": self.best,
-            "kept": [[path, value] for path, value in self._kept.items()],
-            "best_model_path": self.best_model_path,
-            "last_model_path": self.last_model_path,
-            "batches": self._batches,
-            "is_due": self._is_due,
-        }
+        """The best value, the files that are kept with their values, and what is still to be written."""
+        books = self._books() if self._writing is None else self._writing.undo
+        due = self._task and [self._task.epoch, self._task.path, self._task.value, self._task.last]
+        counts = {"batches": self._batches, "batch": self._batch, "is_due": self._is_due}
+        return super().state_dict() | books | counts | {"due": due}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state; files that are no longer there are forgotten when the run begins."""
@@ -350,9 +486,24 @@ class ModelCheckpoint(Monitoring):
         self._take(state)
 
     def _take(self, state: Mapping[str, Any]) -> None:
-        self.best, self._kept = state["best"], dict(state["kept"])
-        self.best_model_path, self.last_model_path = state["best_model_path"], state["last_model_path"]
-        self._batches, self._is_due = state["batches"], state["is_due"]
+        self._enter(state)
+        self._batches, self._batch, self._is_due = state["batches"], state["batch"], state["is_due"]
+        self._task = state["due"] and _Task(*state["due"])
+
+    def _books(self) -> dict[str, Any]:
+        """What there is on the disk, once all is written."""
+        return {
+            "best": self.best,
+            "kept": [[path, value] for path, value in self._kept.items()],
+            "best_model_path": self.best_model_path,
+            "last_model_path": self.last_model_path,
+            "moment_of_last": self._moment_of_last,
+        }
+
+    def _enter(self, books: Mapping[str, Any]) -> None:
+        self.best, self._kept = books["best"], dict(books["kept"])
+        self.best_model_path, self.last_model_path = books["best_model_path"], books["last_model_path"]
+        self._moment_of_last = books["moment_of_last"]
 
     # Mistakes.
 
@@ -416,10 +567,3 @@ class ModelCheckpoint(Monitoring):
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # not every file system has links
-        shutil.copyfile(source, target)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import string
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -60,6 +62,27 @@ class FileName:
                 text += format(counts[name] if name in counts else self._logged(name, logs), spec)
         return text
 
+    def files(self, folder: str | os.PathLike) -> list[Path]:
+        """Files in a folder, in the place of `self.folder`, that have such a name, or one with `-v1` at its end.
+
+        What is in braces stands for any number in its format, all else for itself.
+        """
+        found = [Path(folder)]
+        for pattern in self._pattern().split(_SEPARATOR):
+            entries = (path for one in found if one.is_dir() for path in one.iterdir())
+            found = [path for path in entries if re.fullmatch(pattern, path.name)]
+        return [path for path in found if path.is_file()]
+
+    def _pattern(self) -> str:
+        """A regular expression for what comes after the folder, with `_SEPARATOR` between the folders in it."""
+        (first, *_), *_ = self._parts
+        literals = [os.path.basename(first), *(part[0] for part in self._parts[1:])]
+        if self._parts[-1][1] is None:
+            literals[-1] = literals[-1].removesuffix(self.suffix)
+        fields = ("" if name is None else _number(spec) for _, name, spec, _ in self._parts)
+        joined = "".join(map("".join, zip(map(_literal, literals), fields, strict=True)))
+        return rf"{joined}(-v\d+)?{re.escape(self.suffix)}"
+
     def _logged(self, name: str, logs: Mapping[str, Any]) -> float:
         if name in logs:
             return float(logs[name])
@@ -82,3 +105,19 @@ class FileName:
                 f"filepath={self.text!r} gives {name!r} the format {spec!r}: {error}. Give one of numbers, as in "
                 f"{{epoch:02d}} or {{val_loss:.3f}}."
             ) from error
+
+
+_SEPARATOR = "\0"  # which no name of a file has
+
+
+def _literal(text: str) -> str:
+    return _SEPARATOR.join(map(re.escape, text.replace(os.altsep or os.sep, os.sep).split(os.sep)))
+
+
+def _number(spec: str) -> str:
+    """A regular expression for numbers in a format."""
+    if spec[-1:] in tuple("bcoxX"):
+        return r"[\w#]+"
+    filled = re.match(r"(.)[<>=^]", spec)
+    fill = re.escape(filled[1] if filled else " ") + "*"
+    return rf"[-+ ]?{fill}[-+ ]?(?:\d[\d.,_]*(?:[eE][-+]?\d+)?|nan|inf|NAN|INF)%?{fill}"

@@ -37,7 +37,7 @@ class CSVLogger(Callback):
     `"[1, 2]"`. The file that was there stays until the first row is written, and is then replaced in one go.
 
     A run that goes on from a state goes on in the file of that run too: rows of epochs that it will train again are
-    dropped.
+    dropped, and a last line that was cut off when the process was killed.
 
     Args:
         filename: Path of the file.
@@ -121,6 +121,8 @@ class CSVLogger(Callback):
     def _before(self, first_epoch: int, rows: list[list[str]]) -> list[list[str]]:
         """Rows of earlier runs, and those of the run that goes on, up to the epoch that it goes on with."""
         known = self._rows_before + self._rows
+        if len(rows) > known and self._is_cut_off():
+            rows = rows[:-1]
         if len(rows) < known:
             self._rows_before = min(self._rows_before, len(rows))
             warnings.warn(
@@ -144,6 +146,12 @@ class CSVLogger(Callback):
                 f"no column 'epoch' between {self.separator!r}. Give the separator of the file, or append=False."
             )
         return header, rows
+
+    def _is_cut_off(self) -> bool:
+        """Whether the last line has no end: who wrote it was killed meanwhile."""
+        with open(self._path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read() != b"\n"
 
     def _replace(self, rows: list[list[Any]]) -> None:
         with _replacing(self._path) as file:
@@ -203,7 +211,11 @@ class Logger(Callback):
         if not self._is_loaded:
             self._batches = self._steps_before = 0
         self._open()
-        self._is_loaded = False
+
+    def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        if self._is_loaded:
+            self._is_loaded = False
+            self._steps_before -= self.model.steps_taken  # `fit(resume=...)` counts on; with `initial_epoch` it begins
 
     def on_train_batch_end(self, batch: int, logs: MutableMapping | None = None) -> None:
         self._batches += 1

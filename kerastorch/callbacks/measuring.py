@@ -52,6 +52,9 @@ class GradNorm(Callback):
         if isinstance(every, bool) or not isinstance(every, Integral) or every < 1:
             raise ValueError(f"every={every!r} is no number of steps. Give a whole number from 1 up.")
         self.norm, self.per_layer, self.every = NORMS[norm], per_layer, int(every)
+        self._epoch: int | None = None  # the running one
+        self._is_loaded = False
+        self._forget()
 
     @property
     def adds_to_logs(self) -> tuple[str, ...] | None:
@@ -67,8 +70,10 @@ class GradNorm(Callback):
         self._layers = self._layer_names()
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
-        self._steps: Counter = Counter()
-        self._sums: dict[tuple[str, ...], tuple[Tensor, Any]] = {}  # by the names of what was measured in a step
+        goes_on = self._is_loaded and self._epoch == epoch
+        self._is_loaded, self._epoch = False, epoch
+        if not goes_on:
+            self._forget()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         name, update = self._updates[optimizer]
@@ -92,12 +97,31 @@ class GradNorm(Callback):
 
     def on_epoch_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
         logs.update(self._means())
+        self._epoch = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running epoch, and the sums of its norms."""
+        sums = [[list(names), total, steps] for names, (total, steps) in self._sums.items()]
+        return {"epoch": self._epoch, "steps": dict(self._steps), "sums": [] if self._epoch is None else sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on in the epoch of a state."""
+        self._epoch, self._steps, self._is_loaded = state["epoch"], Counter(state["steps"]), True
+        self._sums = {tuple(names): (total, steps) for names, total, steps in state["sums"]}
+
+    def _forget(self) -> None:
+        self._steps: Counter = Counter()
+        self._sums: dict[tuple[str, ...], tuple[Tensor, Any]] = {}  # by the names of what was measured in a step
 
     def _add(self, names: tuple[str, ...], norms: Tensor, is_taken: bool | Tensor) -> None:
         if is_taken is not True:
             norms = torch.where(is_taken, norms, 0.0)
         norms = norms if norms.is_mps else norms.double()  # so that a sum of very many is one of the same digits
         total, steps = self._sums.get(names, (0.0, 0))
+        if isinstance(total, Tensor):
+            total = total.to(norms.device)  # of a file it is on the CPU
+        if isinstance(steps, Tensor):
+            steps = steps.to(norms.device)
         self._sums[names] = total + norms, steps + is_taken
 
     def _means(self) -> dict[str, float]:

@@ -15,6 +15,8 @@ from typing import Any
 from ..directions import direction
 from .base import Callback
 
+SIGNALS = ("interrupt", "SIGTERM", "SIGUSR1")  # what `history.stopped_by` is after one
+
 
 class Monitoring(Callback):
     """Watches one value of the logs; a subclass says in `judge` what follows from it.
@@ -115,15 +117,16 @@ class Monitoring(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the run so far brought; a subclass adds its own to it."""
-        return {"judged_epoch": self._judged_epoch}
+        return {"judged_epoch": self._judged_epoch, "has_judged": self._has_judged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state: the next run does not start anew. A subclass takes its own and calls this one too."""
         self._judged_epoch, self._is_loaded = state["judged_epoch"], True
+        self._has_judged = state.get("has_judged", False)
 
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
-        self._has_judged = False
         if not self._is_loaded:
+            self._has_judged = False
             self.reset()
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
@@ -141,7 +144,7 @@ class Monitoring(Callback):
             self._judge(epoch, {} if logs is None else logs)
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
-        if not self._has_judged and getattr(getattr(self.model, "history", None), "stopped_by", None) != "interrupt":
+        if not self._has_judged and getattr(getattr(self.model, "history", None), "stopped_by", None) not in SIGNALS:
             warnings.warn(
                 f"{type(self).__name__} monitors {self.monitor!r}, but the run ended without a validation: it judged "
                 f"nothing. Give fit validation_data and a validation_freq that comes in time, or monitor 'loss'.",

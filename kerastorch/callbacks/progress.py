@@ -73,16 +73,22 @@ class ProgressBar(Callback):
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
         self._is_live = self._can_be_live()
         self._is_fitting, self._best = True, {}
+        self._is_first_epoch = True
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        if self._is_first_epoch:
+            self._is_first_epoch = False
+            self._recall()
         epochs = self.params["epochs"]
         number = f"{epoch + 1}" if epochs is None else f"{epoch + 1}/{epochs}"
         self._epoch_name = f"Epoch {number}" if self._is_live else f"[{number}]"
         self._epoch_began, self._samples_per_s = time.monotonic(), None
-        self._batches, self._trained_s = 0, 0.0
+        self._batches, self._samples_before, self._trained_s = 0, 0, 0.0
         self._open(self._epoch_name, self.params["steps"])
 
     def on_train_batch_end(self, batch: int, logs: MutableMapping | None = None) -> None:
+        if batch and not self._batches:  # the first one of a run that goes on within the epoch
+            self._skip(batch)
         self._batches = batch + 1
         if time.monotonic() >= self._due:
             self._refresh(batch + 1, logs)
@@ -90,7 +96,7 @@ class ProgressBar(Callback):
     def on_validation_begin(self, logs: MutableMapping | None = None) -> None:
         # Now, while `samples_seen` is still that of training.
         self._trained_s += time.monotonic() - self._began
-        self._samples_per_s = self.model.samples_seen / max(self._trained_s, 1e-9)
+        self._samples_per_s = self._samples_trained() / max(self._trained_s, 1e-9)
         # A validation of a moment shall not flash up; half, so that the first refresh is past the delay.
         self._open(f"{self._epoch_name} validating", delay_s=self.refresh_s / 2)
 
@@ -106,7 +112,7 @@ class ProgressBar(Callback):
         samples_per_s = self._samples_per_s
         if samples_per_s is None:
             self._trained_s += time.monotonic() - self._began
-            samples_per_s = self.model.samples_seen / max(self._trained_s, 1e-9)
+            samples_per_s = self._samples_trained() / max(self._trained_s, 1e-9)
         self._conclude(self._epoch_name, time.monotonic() - self._epoch_began, samples_per_s, _numbers(logs))
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
@@ -153,6 +159,22 @@ class ProgressBar(Callback):
 
     def _measured_samples_per_s(self) -> float:
         return self.model.samples_seen / max(time.monotonic() - self._began, 1e-9)
+
+    def _samples_trained(self) -> int:
+        return self.model.samples_seen - self._samples_before
+
+    def _skip(self, batches: int) -> None:
+        """What an earlier run has trained on of the epoch took no time here."""
+        self._samples_before = self.model.samples_seen * batches // (batches + 1)
+        self._steps_shown = batches
+        if self._bar is not None:
+            self._bar.update(batches)
+
+    def _recall(self) -> None:
+        """The best values of the epochs that an earlier run had."""
+        for name, values in self.model.history.history.items():
+            for value in values:
+                self._improved(_numbers({name: value}))
 
     def _open(self, name: str, steps: int | None = None, delay_s: float = 0.0, shown: int = 0) -> None:
         """Begins a stretch of steps that is timed on its own, after those shown; `steps=None` = not known."""

@@ -29,6 +29,9 @@ class EarlyStopping(Monitoring):
     An epoch, or with several validations in an epoch each of them, waits for a value better than the best so far; a
     `baseline` has to be passed, too. After a wait of `patience` the run ends.
 
+    A run that goes on from a state in which the end was asked for ends at once, unless what is given here now, such as
+    a greater `patience`, would let it go on.
+
     With `restore_best_weights` the module has the best weights and buffers at the end, however the run ends but by an
     error; with `EMA` before this callback, and a name with "val_", the averages that the validation saw.
 
@@ -98,21 +101,28 @@ class EarlyStopping(Monitoring):
         self.wait = self.best_epoch = 0
         self.best: float | None = None
         self.best_weights: dict[str, Any] | None = None
+        self._value: float | None = None  # the latest
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far, its weights where they are restored, and the wait since."""
         own = {name: getattr(self, name) for name in ("wait", "best", "best_epoch", "best_weights")}
-        return super().state_dict() | own
+        asked = {"stopped_epoch": self.stopped_epoch, "reason": self.reason, "value": self._value}
+        return super().state_dict() | own | asked
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state: the next run does not start anew."""
         super().load_state_dict(state)
         self.wait, self.best, self.best_epoch = state["wait"], state["best"], state["best_epoch"]
         self.best_weights = state["best_weights"]
+        self.stopped_epoch, self.reason = state.get("stopped_epoch", 0), state.get("reason")
+        self._value = state.get("value")
 
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
         super().on_train_begin(logs)
+        epoch, asked = self.stopped_epoch, self._is_loaded and self.reason is not None
         self._take_back()
+        if asked:
+            self._stop_if(epoch, self._reason_to_stop(epoch, self._value, is_better=self.wait == 0))
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
         super().on_train_end(logs)
@@ -128,13 +138,17 @@ class EarlyStopping(Monitoring):
             self._take_back()  # what was asked for before: the run went on over it
         if epoch < self.start_from_epoch:
             return
-        if self.check_finite and not math.isfinite(value):
-            self._stop(epoch, f"{self.monitor} is {value}.")
-            return
-        is_better = self._compare(epoch, value)
-        reason = self._past_threshold(value) or (None if is_better else self._out_of_patience(epoch))
-        if reason is not None:
-            self._stop(epoch, reason)
+        self._value = value
+        is_better = self._is_tolerable(value) and self._compare(epoch, value)
+        self._stop_if(epoch, self._reason_to_stop(epoch, value, is_better))
+
+    def _is_tolerable(self, value: float) -> bool:
+        return not self.check_finite or math.isfinite(value)
+
+    def _reason_to_stop(self, epoch: int, value: float, is_better: bool) -> str | None:
+        if not self._is_tolerable(value):
+            return f"{self.monitor} is {value}."
+        return self._past_threshold(value) or (None if is_better else self._out_of_patience(epoch))
 
     def _compare(self, epoch: int, value: float) -> bool:
         """Whether the value is the best so far; then it, its epoch and its weights are remembered."""
@@ -166,9 +180,10 @@ class EarlyStopping(Monitoring):
         unit = "validation" if self._judged_epoch == epoch else "epoch"
         return f"{self.monitor} was no better than {best} for {self.wait} {unit}{'s' * (self.wait != 1)}."
 
-    def _stop(self, epoch: int, reason: str) -> None:
-        self.stopped_epoch, self.reason = epoch, reason
-        self.model.stop_training = True
+    def _stop_if(self, epoch: int, reason: str | None) -> None:
+        if reason is not None:
+            self.stopped_epoch, self.reason = epoch, reason
+            self.model.stop_training = True
 
     def _take_back(self) -> None:
         self.stopped_epoch, self.reason = 0, None

@@ -91,6 +91,7 @@ class TensorBoard(Logger):
             leave_out(self, TensorBoard, "on_before_optimizer_step")
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
+        super().on_epoch_begin(epoch, logs)
         if self.write_graph and not self._has_begun:
             self._await_first_call()
         self._has_begun = True

@@ -101,7 +101,7 @@ class Throughput(Callback):
             self._resume(0)
 
     def on_train_batch_begin(self, batch: int, logs: MutableMapping | None = None) -> None:
-        self._is_in_step = True
+        self._is_in_step, self._samples_before_step = True, self.model.samples_seen
         if self.flops == "auto" and self._left == self.skip:
             self._meter.start()
 
@@ -176,7 +176,7 @@ class Throughput(Callback):
     def _settle_flops(self) -> None:
         """What was counted in the first step, by sample."""
         self._meter.stop()
-        samples, counted = self.model.samples_seen, self._meter.flops
+        samples, counted = self.model.samples_seen - self._samples_before_step, self._meter.flops
         if not counted:
             return
         self.flops_per_sample = counted.total() / samples

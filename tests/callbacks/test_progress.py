@@ -58,7 +58,7 @@ def clock(monkeypatch) -> Clock:
 
 
 def connected(bar: ProgressBar, steps: int | None = 313, epochs: int = 3) -> ProgressBar:
-    bar.set_model(SimpleNamespace(samples_seen=0, stop_training=False))
+    bar.set_model(SimpleNamespace(samples_seen=0, stop_training=False, history=SimpleNamespace(history={})))
     bar.set_params({"verbose": "auto", "epochs": epochs, "steps": steps})
     return bar
 

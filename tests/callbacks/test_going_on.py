@@ -1,0 +1,166 @@
+"""Files of ModelCheckpoint and the states of all callbacks: a run that goes on is the one that never ended."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import kerastorch as kt
+from kerastorch import checkpoint
+from kerastorch.callbacks import (
+    EMA,
+    CSVLogger,
+    EarlyStopping,
+    LearningRateScheduler,
+    ModelCheckpoint,
+    ReduceLROnPlateau,
+)
+
+X = torch.rand(44, 3, generator=torch.Generator().manual_seed(0))
+Y = X.sum(1, keepdim=True)
+BATCHES, EPOCHS = 11, 3
+
+
+class Killed(Exception):
+    pass
+
+
+class Die(kt.Callback):
+    """Ends the run with an error after so many batches of it, behind all that callbacks do at that safe point."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if self.left == 0:
+            self.model.at_safe_point(self.die)
+
+    def die(self):
+        raise Killed
+
+
+def fit(callbacks, *, schedule=None, **options):
+    """A run in the working folder; everything is made anew."""
+    kt.set_seed(1)
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+    model = kt.Model(net, backend="cpu").compile("adamw", "mse", lr=0.02, metrics=["mae"], schedule=schedule)
+    options = {"epochs": EPOCHS, "batch_size": 4, "validation_data": (X, Y), "accumulate": 2, "verbose": 0} | options
+    model.fit(X, Y, callbacks=callbacks, **options)
+    return model
+
+
+def differences(one, other, where=""):
+    """Where nested states differ, if only in the last bit."""
+    one, other = (tuple(part) if isinstance(part, (list, tuple)) else part for part in (one, other))
+    if type(one) is not type(other):
+        return [f"{where}: {one!r} instead of {other!r}"]
+    if isinstance(one, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [f"{where}: another tensor"]
+    if isinstance(one, dict):
+        found = [] if one.keys() == other.keys() else [f"{where}: {[*one]} instead of {[*other]}"]
+        return found + [
+            line for key in one.keys() & other.keys() for line in differences(one[key], other[key], f"{where}.{key}")
+        ]
+    if isinstance(one, tuple):
+        found = [] if len(one) == len(other) else [f"{where}: {one!r} instead of {other!r}"]
+        parts = zip(one, other, strict=False)
+        return found + [line for number, pair in enumerate(parts) for line in differences(*pair, f"{where}[{number}]")]
+    return [] if one == other or one != one else [f"{where}: {one!r} instead of {other!r}"]
+
+
+def state_of(model, callbacks):
+    """All that a run leaves behind, but for files."""
+    history = model.history
+    return {
+        "weights": dict(model.module.state_dict()),
+        "optimizer": model.optimizer.state_dict(),
+        "history": [history.history, history.epoch, history.intervals],
+        "counts": [model.steps_taken, model.epochs_trained],
+        "callbacks": [[type(one).__name__, one.state_dict()] for one in callbacks],
+    }
+
+
+# ModelCheckpoint, first in the list.
+
+
+KEPT = "kept"
+
+
+def many():
+    return [
+        ModelCheckpoint("a/{epoch}-{val_loss:.4f}.pt", save_last=True),
+        EMA(0.9),
+        EarlyStopping("val_loss", patience=50, restore_best_weights=True),
+        ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=0.2),
+        LearningRateScheduler(lambda epoch, rate: 0.9 * rate if epoch else rate),
+        CSVLogger("log.csv"),
+        ModelCheckpoint("b/{step:02d}-{batch}.pt", "loss", save_top_k=2, save_freq=5),
+        ModelCheckpoint("c/best.pt", save_best_only=True),
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Goes into a folder of this name."""
+
+    def enter(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        return tmp_path / name
+
+    return enter
+
+
+def files():
+    return sorted(str(path) for path in Path().rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
+def test_each_file_is_gone_on_from_exactly_whatever_comes_behind_the_one_that_writes_it(folder, background):
+    def callbacks():
+        within = ModelCheckpoint("within/{epoch}-{step:02d}-{batch}.pt", save_freq=4, background=background)
+        return [within, ModelCheckpoint("ends/{epoch}.pt", background=background), *many()]
+
+    origin, others = folder("whole"), callbacks()
+    whole = fit(others)
+    expected = Path("log.csv").read_bytes()
+    names = [name for name in files() if name.startswith(("within", "ends"))]
+    assert len(names) == EPOCHS * BATCHES // 4 + EPOCHS
+    for number, name in enumerate(names):
+        target = folder(f"again{number}")
+        shutil.copytree(origin, target, dirs_exist_ok=True)
+        again = callbacks()
+        model = fit(again, resume=name)
+        assert Path("log.csv").read_bytes() == expected, name
+        found = [line for line in differences(state_of(model, again), state_of(whole, others)) if KEPT not in line]
+        assert found == [], name
+        assert set(files()) >= set(names)
+
+
+@pytest.mark.parametrize(
+    ("after", "background"), [(1, False), (5, True), (11, False), (12, True), (23, False), (33, True)]
+)
+def test_a_run_that_died_leaves_the_files_of_the_one_that_did_not(folder, after, background):
+    def callbacks(after=-1):
+        return [ModelCheckpoint("now.pt", save_freq=1, background=background), *many(), Die(after)]
+
+    folder("whole")
+    others = callbacks()
+    whole = fit(others, validation_freq="4 steps")
+    expected, log = files(), Path("log.csv").read_bytes()
+    folder("died")
+    with pytest.raises(Killed):
+        fit(callbacks(after), validation_freq="4 steps")
+    again = callbacks()
+    model = fit(again, validation_freq="4 steps", resume="now.pt")
+    assert differences(state_of(model, again), state_of(whole, others)) == []
+    assert files() == expected and Path("log.csv").read_bytes() == log
+    for name in expected:
+        if name.endswith(".pt"):
+            written, wanted = (dict(checkpoint.read(Path(place, name))) for place in (".", "../whole"))
+            assert differences(written, wanted) == [], name
