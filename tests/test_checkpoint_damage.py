@@ -397,6 +397,18 @@ def test_a_tensor_larger_than_its_part_is_not_made_of_memory_of_others(memory):
             checkpoint.read(memory / "file")
 
 
+def test_of_what_torch_has_made_larger_nothing_is_returned(memory, monkeypatch):
+    """On any version of torch; tensors that share memory count once."""
+    flat = torch.ones(500)
+    checkpoint.write(memory / "file", {"a": [flat, flat, {1: flat[:3]}]})
+    assert len(checkpoint.read(memory / "file")["a"]) == 3
+    monkeypatch.setattr(
+        torch, "load", lambda *args, **options: OURS | {"version": 2, "state": {"a": (torch.ones(5000),)}}
+    )
+    with pytest.raises(ValueError, match="is damaged: its tensors are larger than what is in it. Give an older file"):
+        checkpoint.read(memory / "file")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_torchscript_is_no_checkpoint(tmp_path):
     (tmp_path / "a.pt").write_bytes(as_script(None))
