@@ -384,6 +384,16 @@ def test_a_part_that_grows_when_it_is_unpacked_is_not_unpacked(memory):
         assert peak_bytes() - rss < 20e6
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_parts_of_one_name_are_refused(memory):
+    """Which of them is read, and which is summed, would be for each library to say."""
+    parts = parts_of(saved(OURS))
+    for content in (zipped([*parts, parts[0]]), sealed(zipped([*parts, parts[0]]))):
+        (memory / "file").write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged: its parts are not as torch writes them. Give an older file"):
+            checkpoint.read(memory / "file")
+
+
 def test_a_tensor_larger_than_its_part_is_not_made_of_memory_of_others(memory):
     """torch 2.9 makes it, and dies when it is read."""
     large = (50_000_000).to_bytes(4, "little")
