@@ -384,6 +384,18 @@ def test_a_part_that_grows_when_it_is_unpacked_is_not_unpacked(memory):
         assert peak_bytes() - rss < 20e6
 
 
+def test_parts_are_as_large_as_they_say_and_no_larger_than_the_file(memory):
+    """Also under a digest that holds, which says nothing of who made it."""
+    packed = zipped([*parts_of(saved(OURS)), ("archive/noise", random.Random(0).randbytes(5000))], zipfile.ZIP_DEFLATED)
+    stored = zipped(parts_of(saved(OURS)))
+    sizes = stored.index(b"PK\1\2") + 20  # compressed and not, of the first part
+    large = stored[:sizes] + 2 * (1 << 30).to_bytes(4, "little") + stored[sizes + 8 :]
+    for content in (packed, sealed(packed), large, sealed(large)):
+        (memory / "file").write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged: its parts are not as torch writes them. Give an older file"):
+            checkpoint.read(memory / "file")
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_parts_of_one_name_are_refused(memory):
     """Which of them is read, and which is summed, would be for each library to say."""
