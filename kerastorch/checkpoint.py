@@ -149,8 +149,8 @@ def _bytes_of_parts(file: BinaryIO, *, is_verified: bool) -> int:
 
 
 def _has_own_form(part: zipfile.ZipInfo) -> bool:
-    is_stored = part.compress_type == zipfile.ZIP_STORED and part.file_size == part.compress_size
-    return is_stored and not part.external_attr & FOLDER  # of which torch reads nothing, into memory as it is
+    # Of a folder torch reads nothing, and gives memory as it is.
+    return part.compress_type == zipfile.ZIP_STORED and not part.external_attr & FOLDER
 
 
 def _bytes_of_tensors(content: Any) -> int:

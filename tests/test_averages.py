@@ -124,6 +124,15 @@ def test_what_cannot_be_is_said_before_anything_is_read(arguments, error, messag
         kt.average_checkpoints(*arguments)
 
 
+def test_tied_weights_are_added_once(tmp_path):
+    """In double precision the sum could be one memory too."""
+    for number in range(2):
+        weight = torch.full((3,), 1.0 + 3 * number).double()
+        checkpoint.write(tmp_path / f"{number}.pt", {"module": {"a": weight, "tied": weight}})
+    found = kt.average_checkpoints([tmp_path / "0.pt", tmp_path / "1.pt"])
+    assert found["a"].tolist() == found["tied"].tolist() == [2.5] * 3
+
+
 def test_what_is_no_tensor_has_no_mean(tmp_path):
     checkpoint.write(tmp_path / "a.pt", {"module": {"_extra_state": {"scale": 2}}})
     with pytest.raises(TypeError, match="'_extra_state' is a dict, and safetensors holds dense tensors alone"):

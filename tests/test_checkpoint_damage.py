@@ -384,6 +384,28 @@ def test_a_part_that_grows_when_it_is_unpacked_is_not_unpacked(memory):
         assert peak_bytes() - rss < 20e6
 
 
+def test_parts_are_as_large_as_they_say_and_no_larger_than_the_file(memory):
+    """Also under a digest that holds, which says nothing of who made it."""
+    packed = zipped([*parts_of(saved(OURS)), ("archive/noise", random.Random(0).randbytes(5000))], zipfile.ZIP_DEFLATED)
+    stored = zipped(parts_of(saved(OURS)))
+    sizes = stored.index(b"PK\1\2") + 20  # compressed and not, of the first part
+    large = stored[:sizes] + 2 * (1 << 30).to_bytes(4, "little") + stored[sizes + 8 :]
+    for content in (packed, sealed(packed), large, sealed(large)):
+        (memory / "file").write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged: its parts are not as torch writes them. Give an older file"):
+            checkpoint.read(memory / "file")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_parts_of_one_name_are_refused(memory):
+    """Which of them is read, and which is summed, would be for each library to say."""
+    parts = parts_of(saved(OURS))
+    for content in (zipped([*parts, parts[0]]), sealed(zipped([*parts, parts[0]]))):
+        (memory / "file").write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged: its parts are not as torch writes them. Give an older file"):
+            checkpoint.read(memory / "file")
+
+
 def test_a_tensor_larger_than_its_part_is_not_made_of_memory_of_others(memory):
     """torch 2.9 makes it, and dies when it is read."""
     large = (50_000_000).to_bytes(4, "little")
@@ -395,6 +417,18 @@ def test_a_tensor_larger_than_its_part_is_not_made_of_memory_of_others(memory):
         (memory / "file").write_bytes(content)
         with pytest.raises(ValueError, match="is damaged: (record size|its tensors are larger than what is in it)"):
             checkpoint.read(memory / "file")
+
+
+def test_of_what_torch_has_made_larger_nothing_is_returned(memory, monkeypatch):
+    """On any version of torch; tensors that share memory count once."""
+    flat = torch.ones(500)
+    checkpoint.write(memory / "file", {"a": [flat, flat, {1: flat[:3]}]})
+    assert len(checkpoint.read(memory / "file")["a"]) == 3
+    monkeypatch.setattr(
+        torch, "load", lambda *args, **options: OURS | {"version": 2, "state": {"a": (torch.ones(5000),)}}
+    )
+    with pytest.raises(ValueError, match="is damaged: its tensors are larger than what is in it. Give an older file"):
+        checkpoint.read(memory / "file")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
