@@ -5,13 +5,10 @@ No loop and no maths: `fit` goes on in `loop.fit`, a step in `step.forward_backw
 
 from __future__ import annotations
 
-import copy
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -23,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from . import backends, checkpoint, checks, limits, loop, optimizers, preflight
+from . import backends, checkpoint, checks, limits, loop, optimizers, preflight, scopes
 from . import export as exporting
 from . import losses as named_losses
 from . import metrics as named_metrics
@@ -367,7 +364,7 @@ class Model:
         split_off = 0.0 if validation_data is not None else validation_split
         last_batch = preflight.last_batch_size(data, batch_size, split_off) if is_whole else None
         hints = preflight.first_batch_hints(training, last_batch)
-        with self._leaving_no_trace(dry_run, opened.generators), self._run(training, step, opened), hints:
+        with scopes.no_trace(self, dry_run, opened.generators), scopes.training(self, training, step, opened), hints:
             validation = validated and self._validation(validated, checked.batches, when, hooks, sanity_steps)
             self._expect(opened, validated)
             self._begin_schedules(training, self._pieces_in(opened, taken.batches), accumulate, bounds)
@@ -414,7 +411,7 @@ class Model:
         for update in self._compiled.updates.values():
             if update.schedule is not None and not update.schedule.has_begun:
                 update.schedule.begin(None)
-        with self._run(training, step, batch):
+        with scopes.training(self, training, step, batch):
             loop.set_modes(training)
             open_windows(training, 0)
             if step(training, next(self._batches(batch.batches(0)))):
@@ -458,7 +455,7 @@ class Model:
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
         self._expect(opened)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
-        with self._computing(), self._shown(evaluation), loop.announced_errors(hooks):
+        with scopes.computing(self), scopes.shown(self, evaluation), loop.announced_errors(hooks):
             logs = loop.evaluate(evaluation, self._batches(islice(opened.batches(0), steps), is_evaluated=True))
         return returned(logs, return_dict)
 
@@ -500,7 +497,7 @@ class Model:
         wants_numpy = is_arrays(data) and not any(isinstance(leaf, Tensor) for leaf in leaves(data))
         opened = open_data(self._inputs(data), None, None, self._reading(batch_size, may_enlarge=may_enlarge))
         hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
-        with self._computing(), loop.announced_errors(hooks):
+        with scopes.computing(self), loop.announced_errors(hooks):
             batches = self.backend.feed(islice(opened.batches(0), steps))
             keeps_outputs = not any(getattr(callback, "takes_outputs", False) for callback in callbacks)
             outputs = loop.predict(self.module, self._network(), hooks, batches, keeps_outputs)
@@ -516,9 +513,9 @@ class Model:
     def __call__(self, *inputs: Any, **named_inputs: Any) -> Any:
         """Runs the module in eval mode and without gradients; arrays become tensors on its device."""
         tensors = map_structure(
-            lambda leaf: self.backend.move(to_tensor(leaf, _dtype_of(self.module))), (inputs, named_inputs)
+            lambda leaf: self.backend.move(to_tensor(leaf, precisions.dtype_of(self.module))), (inputs, named_inputs)
         )
-        with self._computing(), torch.no_grad():
+        with scopes.computing(self), torch.no_grad():
             self.module.eval()
             return self._network()(*tensors[0], **tensors[1])
 
@@ -707,10 +704,10 @@ class Model:
             torch.Size([5, 1])
         """
         exporting.refuse_ending(path)
-        data = exporting.with_shapes_filled(data, _dtype_of(self.module))
+        data = exporting.with_shapes_filled(data, precisions.dtype_of(self.module))
         batch_size = None if dynamic_batch or not is_arrays(data) else length_of(data)
         batch, _ = peek(open_data(self._inputs(data), None, None, self._reading(batch_size)))
-        with self._computing():
+        with scopes.computing(self):
             exporting.export(self.module, path, batch[0], dynamic_batch=dynamic_batch, check=check, tolerance=tolerance)
 
     def _make_optimizer(self) -> None:
@@ -927,7 +924,7 @@ class Model:
 
     def _reading(self, batch_size: int | None, *, may_enlarge: bool = False, **options: Any) -> Reading:
         return Reading(
-            dtype=_dtype_of(self.module),
+            dtype=precisions.dtype_of(self.module),
             batch_size=batch_size,
             # The names that Hugging Face's datasets give to targets; a module with a loss of its own takes them itself.
             targets=() if self._compiled is not None and self._compiled.has_own_loss else ("labels", "label"),
@@ -978,7 +975,7 @@ class Model:
         """Makes the optimizer if it is still to be made: a lazy module gets its parameters from a first batch."""
         if _is_lazy(self.module):
             batch, opened = peek(opened)
-            with self._computing(), torch.no_grad():
+            with scopes.computing(self), torch.no_grad():
                 forward(self.module.eval(), self.backend.move(batch[0]))
             self._cast(self._compiled.precision)
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
@@ -1098,7 +1095,7 @@ class Model:
         )
 
     def _validate(self, evaluation: Recipe, validated: Data, steps: int | None, ending: Any = None) -> dict[str, Any]:
-        with self._shown(evaluation):
+        with scopes.shown(self, evaluation):
             batches = self._batches(islice(validated.batches(0), steps), is_evaluated=True)
             return loop.evaluate(evaluation, batches, ending)
 
@@ -1151,148 +1148,12 @@ class Model:
                 f'{verb} was called before compile. Call e.g. model.compile("adam", "cross_entropy") first.'
             )
 
-    @contextmanager
-    def _run(self, training: Recipe, step: Callable, data: Data) -> Iterator[None]:
-        """Everything that holds while the module is trained."""
-        before = [(update, update.schedule, update.parked, update.steps) for update in training.updates.values()]
-        for update in training.updates.values():
-            update.steps = 0
-        is_nested = self._running is not None  # a batch that a callback trains on: the run around it goes on after it
-        gradients = [(parameter, parameter.grad if is_nested else None) for parameter in self.module.parameters()]
-        self._drop_gradients()  # what a loop by hand before this one left there
-        with self._computing(), self._as_before_unless_trained(training), self._shown(training):
-            outer = self._training_data, self._own_step, self._training
-            live = self._live_run
-            self._training_data, self._own_step = data, step if isinstance(step, OwnStep) else None
-            self._training = training
-            try:
-                yield
-                if self._live_run is not live:
-                    self._ended_run = self._live_run.state_dict()
-            finally:
-                self._live_run = live
-                self._training_data, self._own_step = outer[:2]
-                self._training = outer[2] if is_nested else training
-                for update, schedule, parked, steps in before:
-                    if update.scaled_step is not None:
-                        update.scaled_step.settle()
-                    update.schedule, update.parked = schedule, parked if is_nested else None
-                    update.steps = steps
-                if training.scaler is not None:
-                    precisions.forget_steps(training.scaler)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-
-    @contextmanager
-    def _leaving_no_trace(self, dry_run: bool | int, generators: Iterable[Any]) -> Iterator[None]:
-        """In a dry run callbacks write into a folder that is gone afterwards, and the model is then as it was."""
-        if not dry_run:
-            yield
-            return
-        history, epochs_trained, stop_training = self.history, self.epochs_trained, self.stop_training
-        state, callbacks, training = copy.deepcopy(state_of(self)), self._callbacks, self._training
-        frozen, trained = list(self._frozen), [(one, one.requires_grad) for one in self.module.parameters()]
-        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]  # those that no file has, too
-        optimizers = [update.optimizer for update in self.updates.values()]
-        groups = [[(group, dict(group)) for group in one.param_groups] for one in optimizers]
-        with tempfile.TemporaryDirectory() as folder, random_state_kept(generators):
-            self._dry_run_folder = Path(folder)
-            try:
-                yield
-                self.save(self._dry_run_folder / "checkpoint.pt")
-                self.load(self._dry_run_folder / "checkpoint.pt")
-            finally:
-                self._dry_run_folder = None  # first: else later runs would write there
-                for optimizer, before in zip(optimizers, groups, strict=True):
-                    for group, settings in before:
-                        group.update(settings)
-                    optimizer.param_groups[:] = [group for group, _ in before]  # without what Unfreeze has split off
-                for parameter, is_trained in trained:
-                    parameter.requires_grad_(is_trained)
-                with torch.no_grad():
-                    for buffer, before in buffers:
-                        buffer.copy_(before)
-                self._frozen[:], self._callbacks, self._training = frozen, callbacks, training
-                restore(self, state)
-                self.history, self.epochs_trained, self.stop_training = history, epochs_trained, stop_training
-
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """The module runs: in the precision compiled, and is handed back in the modes it came in."""
-        with _as_it_came(self.module), precisions.tf32_if(self._compiled and self._compiled.precision):
-            yield
-
-    @contextmanager
-    def _shown(self, recipe: Recipe) -> Iterator[None]:
-        """`samples_seen` and `log` are those of `recipe` meanwhile."""
-        before, self._running = self._running, recipe
-        try:
-            yield
-        finally:
-            self._running = before
-
-    @contextmanager
-    def _as_before_unless_trained(self, training: Recipe) -> Iterator[None]:
-        """An error before the first optimizer step leaves buffers, random numbers and history as they were."""
-        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
-        random_state = torch.get_rng_state()
-        history, epochs_trained = self.history, self.epochs_trained
-        groups = [
-            (group, dict(group)) for update in training.updates.values() for group in update.optimizer.param_groups
-        ]
-        try:
-            yield
-        except BaseException:
-            if training.steps == 0:
-                for group, settings in groups:
-                    group.update({key: value for key, value in settings.items() if key != "params"})
-                with torch.no_grad():
-                    for buffer, before in buffers:
-                        buffer.copy_(before)
-                torch.set_rng_state(random_state)
-                self.history, self.epochs_trained = history, epochs_trained
-            raise
-        finally:
-            self._drop_gradients()
-
-    def _drop_gradients(self) -> None:
-        for parameter in self.module.parameters():
-            parameter.grad = None
-
 
 NO_HOOKS = hooks_of(())
 
 
-@contextmanager
-def _as_it_came(module: nn.Module) -> Iterator[None]:
-    """Hands every submodule back in the mode, train or eval, that it came in; says what to do about a wrong dtype."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        yield
-    except RuntimeError as error:
-        if "dtype" in str(error) or "expected scalar type" in str(error):
-            raise TypeError(
-                f"the module computes in {_dtype_of(module)}, and torch says of its inputs: {error}. "
-                f'Give inputs of the dtype that the layers expect, e.g. x.astype("float32") for whole numbers.'
-            ) from error
-        if "does not require grad and does not have a grad_fn" in str(error):
-            raise ValueError(
-                "the loss has no gradient: nothing it was computed from depends on a trainable parameter. Leave out "
-                "what cuts the graph (detach, no_grad, argmax, numpy), or unfreeze a parameter."
-            ) from error
-        raise
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
 def _is_lazy(module: nn.Module) -> bool:
     return any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters())
-
-
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    floating = (parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point)
-    return next(floating, torch.get_default_dtype())
 
 
 def _hears_batches(callbacks: list[Any], stage: str) -> bool:

@@ -102,6 +102,12 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
     module._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of the first floating parameter, or torch's default."""
+    floating = (parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point)
+    return next(floating, torch.get_default_dtype())
+
+
 def dtypes_of(module: nn.Module) -> dict[str, torch.dtype]:
     """The dtypes of all parameters and buffers, by name."""
     return {name: tensor.dtype for name, tensor in _named_tensors(module)}

@@ -31,8 +31,8 @@ BELOW = {
     "model": {
         "arguments", "backends", "callbacks.base", "callbacks.debugging", "callbacks.progress", "checkpoint", "checks",
         "compilation", "computation", "data", "export", "history", "limits", "loop", "losses", "metrics", "microbatch",
-        "optimizers", "overrides", "passes", "patterns", "position", "precision", "preflight", "resume", "seeding",
-        "state", "step", "structures", "summary", "tbptt", "tensors", "tracker",
+        "optimizers", "overrides", "passes", "patterns", "position", "precision", "preflight", "resume", "scopes",
+        "seeding", "state", "step", "structures", "summary", "tbptt", "tensors", "tracker",
     },
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
     "jit": {"computation", "losses", "memory", "structures"},
@@ -45,6 +45,7 @@ BELOW = {
     "passes": {"data", "limits", "position", "seeding"},
     "resume": {"checkpoint", "passes", "position", "seeding", "state", "step"},
     "samples": {"seeding"},
+    "scopes": {"overrides", "precision", "seeding", "state", "step"},
     "limits": {"checks", "durations"},
     "step": {"accumulation", "losses", "precision", "structures", "tracker"},
     "accumulation": {"losses"},
@@ -68,7 +69,7 @@ BELOW = {
     },
     "preflight.trial": {
         "callbacks.base", "loop", "losses", "precision", "preflight.layers", "preflight.outputs", "preflight.seen",
-        "preflight.untouched", "step", "structures", "tracker",
+        "preflight.untouched", "scopes", "step", "structures", "tracker",
     },
     "preflight.refusals": {"memory", "preflight.findings", "preflight.layers", "preflight.seen"},
     "preflight.module": {"preflight.findings", "preflight.layers", "preflight.seen"},

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import loop
+from .. import loop, scopes
 from ..callbacks.base import Callback, hooks_of
 from ..losses import parts_of, warn_of_final_softmax
 from ..precision import LOW
@@ -129,7 +129,7 @@ class Trial(Seen):
 
     def _forward_alone(self, layers: Layers) -> None:
         module = self.module
-        with layers.watching(module), self.model._computing(), torch.no_grad():
+        with layers.watching(module), scopes.computing(self.model), torch.no_grad():
             self._set_modes()
             forward(self.model._network(), self.batch[0])
 
@@ -160,7 +160,7 @@ class Trial(Seen):
         warn_of_final_softmax(self.module, compiled.loss)
         model._expect(self.training, self.validation)
         layers.refuse_output = self._refuse_output if self.is_plain else None
-        with layers.watching(self.module), model._run(recipe, step, self.training):
+        with layers.watching(self.module), scopes.training(model, recipe, step, self.training):
             before = self._set_modes()
             open_windows(recipe, 0)
             if step(recipe, self.batch):
@@ -205,7 +205,7 @@ class Trial(Seen):
         if any(norm.running_mean is None for norm in norms):  # which are made to
             return
         last_alone = map_structure(lambda leaf: _repeated(leaf) if isinstance(leaf, Tensor) else leaf, x)
-        with layers.watching(self.module), self.model._computing():
+        with layers.watching(self.module), scopes.computing(self.model):
             self.module.eval()
             pairs = []
             for inputs in (x, last_alone):
@@ -229,7 +229,7 @@ class Trial(Seen):
         self.validation_batch = next(iter(batches), None)
         if self.validation_batch is None:
             raise ValueError("the data is empty: it gave no batch, expected at least one.")
-        with layers.watching(self.module), model._computing(), model._shown(evaluation):
+        with layers.watching(self.module), scopes.computing(model), scopes.shown(model, evaluation):
             self.validation_loss = loop.evaluate(evaluation, [self.validation_batch]).get("loss")
 
 

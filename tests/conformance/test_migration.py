@@ -397,9 +397,6 @@ def test_a_row_has_an_answer(row):
 LATER = {
     "BatchSizeFinder": lambda: hasattr(kt.Model, "find_batch_size"),
     "LearningRateFinder": lambda: hasattr(kt.Model, "find_lr"),
-    "to_onnx": lambda: hasattr(kt.Model, "export"),
-    "export": lambda: hasattr(kt.Model, "export"),
-    "received_sigterm": lambda: "SIGTERM" in inspect.getsource(kt.model.loop),
 } | dict.fromkeys(
     ("strategy", "num_nodes", "sync_batchnorm", "use_distributed_sampler", "world_size", "all_gather", "sync_dist"),
     lambda: public_classes(kt.backends) != ["Single"],
@@ -410,11 +407,6 @@ LATER = {
 def test_what_is_not_in_this_version_is_really_not_there(name):
     rows = [row for row in ALL_ROWS if name in row.theirs]
     assert rows and all(row.ours == "not in this version" for row in rows) is not LATER[name]()
-
-
-def test_resuming_from_a_checkpoint_is_not_in_this_version():
-    (row,) = [row for row in ALL_ROWS if row.owner == "fit" and "ckpt_path" in row.theirs]
-    assert ("not in this version" in row.remark) is ("resume" not in parameters(kt.Model.fit))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 
 import numpy as np
@@ -20,14 +19,16 @@ from kerastorch.preflight import hints, last_batch_size
 class Hinted(kt.Model):
     """A model that looks whether its runs leave any of the hooks behind that the hints are looked for by."""
 
-    @contextlib.contextmanager
-    def _run(self, training, step, data):
-        self.hooks = training.hooks
-        self.before = [len(one) for one in vars(training.hooks).values()]
-        with super()._run(training, step, data):
-            yield
-        assert self.before == [len(one) for one in vars(training.hooks).values()]
+    def _training_recipe(self, *arguments, **options):
+        recipe = super()._training_recipe(*arguments, **options)
+        self.hooks, self.before = recipe.hooks, [len(one) for one in vars(recipe.hooks).values()]
+        return recipe
+
+    def fit(self, *data, **options):
+        history = super().fit(*data, **options)
+        assert self.before == [len(one) for one in vars(self.hooks).values()]
         assert not any(part._forward_pre_hooks for part in self.module.modules())
+        return history
 
 
 def caught(model: kt.Model, *data, epochs: int = 2, **options) -> list[str]:
