@@ -412,6 +412,8 @@ class StochasticWeightAveraging(_Averaging):
         scheduler = SWALR(optimizer, self.swa_lrs, self.annealing_epochs, self.annealing_strategy)
         if state is not None:
             scheduler.load_state_dict(state)
+            for group, rate in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
+                group["initial_lr"] = rate  # not the one of this moment, which is on the way already
         self._schedulers[optimizer] = scheduler
         return scheduler
 
@@ -474,7 +476,7 @@ def _position(scheduler: SWALR) -> dict[str, Any]:
     """Where it is on its way. Its whole state has a function in it before torch 2.13, which no safe file can have."""
     state = scheduler.state_dict()
     position = {name: state[name] for name in ("last_epoch", "_step_count")}
-    return position | {"_last_lr": [float(rate) for rate in state["_last_lr"]]}
+    return position | {name: [float(rate) for rate in state[name]] for name in ("_last_lr", "base_lrs")}
 
 
 def _rates(optimizer: Optimizer) -> list[float]:

@@ -13,11 +13,16 @@ import kerastorch as kt
 from kerastorch import checkpoint
 from kerastorch.callbacks import (
     EMA,
+    BackupAndRestore,
     CSVLogger,
     EarlyStopping,
+    GradNorm,
     LearningRateScheduler,
     ModelCheckpoint,
     ReduceLROnPlateau,
+    StochasticWeightAveraging,
+    TensorBoard,
+    Unfreeze,
 )
 
 X = torch.rand(44, 3, generator=torch.Generator().manual_seed(0))
@@ -44,11 +49,14 @@ class Die(kt.Callback):
         raise Killed
 
 
-def fit(callbacks, *, schedule=None, **options):
+def fit(callbacks, *, optimizer="adamw", schedule=None, frozen=(), **options):
     """A run in the working folder; everything is made anew."""
     kt.set_seed(1)
     net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
-    model = kt.Model(net, backend="cpu").compile("adamw", "mse", lr=0.02, metrics=["mae"], schedule=schedule)
+    model = kt.Model(net, backend="cpu")
+    for pattern in frozen:
+        model.freeze(pattern)
+    model.compile(optimizer, "mse", lr=0.02, metrics=["mae"], schedule=schedule)
     options = {"epochs": EPOCHS, "batch_size": 4, "validation_data": (X, Y), "accumulate": 2, "verbose": 0} | options
     model.fit(X, Y, callbacks=callbacks, **options)
     return model
@@ -164,3 +172,78 @@ def test_a_run_that_died_leaves_the_files_of_the_one_that_did_not(folder, after,
         if name.endswith(".pt"):
             written, wanted = (dict(checkpoint.read(Path(place, name))) for place in (".", "../whole"))
             assert differences(written, wanted) == [], name
+
+
+# Each callback and each way to train that has a state of its own, by itself.
+
+
+def stepped(optimizer):
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+
+def restarted(optimizer):
+    return torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 3)
+
+
+def waiting(optimizer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.2)
+
+
+WAYS = {
+    "averages": (lambda: [StochasticWeightAveraging(0.005, 1, annealing_epochs=2)], {}),
+    "averages after a schedule": (lambda: [StochasticWeightAveraging(0.005, 1)], {"schedule": "cosine"}),
+    "averages of what is unfrozen": (
+        lambda: [Unfreeze(1, "0"), StochasticWeightAveraging(0.005, 1)],
+        {"frozen": ["0"]},
+    ),
+    "moving averages of what is unfrozen": (lambda: [Unfreeze(1, "0"), EMA(0.9)], {"frozen": ["0"]}),
+    "unfrozen at a rate of its own": (lambda: [Unfreeze(1, "0", lr=0.003)], {"frozen": ["0"]}),
+    "unfrozen with a schedule": (lambda: [Unfreeze(2, "0", lr=0.003)], {"frozen": ["0"], "schedule": "cosine"}),
+    "norms": (lambda: [GradNorm(per_layer=True, every=3)], {}),
+    "events": (lambda: [TensorBoard("events", update_freq=3, write_graph=False)], {}),
+    "plateaus within epochs": (
+        lambda: [ReduceLROnPlateau("val_loss", factor=0.5, patience=0, min_delta=0.2)],
+        {"validation_freq": "4 steps"},
+    ),
+    "stopped within an epoch": (
+        lambda: [EarlyStopping("val_loss", patience=0, min_delta=0.2, restore_best_weights=True)],
+        {"validation_freq": "4 steps"},
+    ),
+    "not stopped before its time": (lambda: [EarlyStopping("loss", patience=0, min_delta=1.0)], {"min_epochs": 3}),
+    "a schedule of torch by epochs": (list, {"schedule": stepped}),
+    "a schedule of torch by steps": (list, {"schedule": ("step", restarted)}),
+    "a schedule of torch by values": (list, {"schedule": waiting}),
+    "one cycle": (list, {"schedule": "one_cycle"}),
+    "closures": (list, {"optimizer": "lbfgs", "accumulate": 1}),
+    "windows that grow": (list, {"accumulate": {0: 3, 2: 5}}),
+    "pieces": (list, {"microbatch": 2}),
+    "a part split off": (list, {"validation_data": None, "validation_split": 0.5}),
+    "epochs shorter than the data": (list, {"steps_per_epoch": 7}),
+    "parts of the data": (list, {"steps_per_epoch": 0.5}),
+    "the same batches": (list, {"overfit_batches": 3}),
+    "so many steps": (list, {"max_steps": 15, "epochs": None}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(before the first epoch|trainable parameters got no gradient)")
+@pytest.mark.parametrize(("share", "save_freq"), [(0.35, 2), (0.8, "epoch")])
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_to_train_is_gone_on_with(folder, way, share, save_freq):
+    if way == "events":
+        pytest.importorskip("tensorboard")
+    make, options = WAYS[way]
+
+    def run(after, callbacks):
+        die = Die(after)
+        model = fit([*callbacks, BackupAndRestore("backup", save_freq), die], **options)
+        return model, after - die.left  # batches
+
+    folder("whole")
+    others, again = make(), make()
+    whole, batches = run(-1, others)
+    folder("died")
+    with pytest.raises(Killed):
+        run(int(share * batches), make())
+    model, batches_after = run(-1, again)
+    assert batches_after < batches
+    assert differences(state_of(model, again), state_of(whole, others)) == []
