@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import Callback
-from .files import link_or_copy, make_folder
+from .files import WriteErrors, link_or_copy, make_folder
 
 
 class BackupAndRestore(Callback):
@@ -27,9 +27,12 @@ class BackupAndRestore(Callback):
             `False`.
         delete_checkpoint: Whether a run that comes to its end removes the backup; one ended by a signal or `max_time`
             keeps it. Default: `True`.
+        on_write_error: What follows when the system refuses to write a backup, as a full disk does: `"raise"`, or
+            `"warn"` = it is said, once of each kind, and training goes on. The backup that is there stays. Default:
+            `"raise"`.
     Raises:
-        ValueError: a folder without a name, or a `save_freq` that is neither. In `fit`: a backup of another model, or
-            one that is damaged.
+        ValueError: a folder without a name, a `save_freq` or `on_write_error` that is neither. In `fit`: a backup of
+            another model, or one that is damaged.
         OSError: nothing can be written to the folder.
     Example:
         >>> backup = BackupAndRestore("/tmp/backup", save_freq=100)  # for fit(..., callbacks=[backup])
@@ -45,6 +48,8 @@ class BackupAndRestore(Callback):
         save_freq: str | int = "epoch",
         double_checkpoint: bool = False,
         delete_checkpoint: bool = True,
+        *,
+        on_write_error: str = "raise",
     ) -> None:
         if not str(backup_dir):
             raise ValueError("backup_dir is empty. Give a folder, such as 'runs/backup'.")
@@ -53,6 +58,7 @@ class BackupAndRestore(Callback):
             raise ValueError(f'save_freq={save_freq!r} is not known. Give "epoch", or a number of batches from 1 up.')
         self.backup_dir = Path(backup_dir)
         self.save_freq, self.double_checkpoint, self.delete_checkpoint = save_freq, double_checkpoint, delete_checkpoint
+        self.on_write_error, self._errors = on_write_error, WriteErrors(on_write_error, type(self).__name__)
         self._batches = 0
         self._is_loaded = self._is_paused = False
         if save_freq == "epoch":
@@ -74,6 +80,7 @@ class BackupAndRestore(Callback):
         make_folder(self._newest.parent, "BackupAndRestore")
         self._batches = self._batches if self._is_loaded else 0
         self._is_loaded = self._is_paused = False
+        self._errors.reset()
 
     def on_train_batch_end(self, batch: int, logs: MutableMapping | None = None) -> None:
         self._batches += 1
@@ -96,9 +103,12 @@ class BackupAndRestore(Callback):
                 path.unlink(missing_ok=True)
 
     def _save(self) -> None:
-        if self.double_checkpoint and self._newest.exists():
-            link_or_copy(self._newest, self._previous)
-        self.model.save(self._newest)
+        try:
+            if self.double_checkpoint and self._newest.exists():
+                link_or_copy(self._newest, self._previous)
+            self.model.save(self._newest)
+        except OSError as error:
+            self._errors.take(error)
 
     def state_dict(self) -> dict[str, Any]:
         """Batches since the last backup."""

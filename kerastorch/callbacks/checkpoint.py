@@ -21,7 +21,7 @@ from ..durations import seconds
 from ..state import refuse_unsavable, state_of
 from .background import Background
 from .filenames import FileName
-from .files import link_or_copy, make_folder
+from .files import WriteErrors, link_or_copy, make_folder
 from .messages import is_verbose, say
 from .monitoring import SIGNALS, Monitoring
 
@@ -136,14 +136,10 @@ class ModelCheckpoint(Monitoring):
         self.monitor: str | None = self.monitor if has_best else None
         self.filepath, self.verbose, self.save_freq = str(filepath), is_verbose(verbose), save_freq
         self.save_best_only, self.save_top_k, self.save_weights_only = save_best_only, save_top_k, save_weights_only
-        self.initial_value_threshold, self.save_last, self.saves_errors = (
-            initial_value_threshold,
-            save_last,
-            on_exception,
-        )
-        self.background, self.on_write_error = background, on_write_error
+        self.save_last, self.initial_value_threshold = save_last, initial_value_threshold
+        self.saves_errors, self.background, self.on_write_error = on_exception, background, on_write_error
         self.every_s = None if every is None else seconds(every, "every")
-        self._name = FileName(self.filepath)
+        self._name, self._errors = FileName(self.filepath), WriteErrors(on_write_error, type(self).__name__)
         self._refuse_mistakes()
         self.best: float | None = None if initial_value_threshold is None else float(initial_value_threshold)
         self.best_model_path = self.last_model_path = ""
@@ -157,7 +153,6 @@ class ModelCheckpoint(Monitoring):
         self._writing: _Task | None = None
         self._thread = Background() if background else None
         self._is_paused = False
-        self._said: set[Any] = set()  # kinds of errors
         if self._saves_epochs and type(self).on_train_batch_end is ModelCheckpoint.on_train_batch_end:
             self.on_train_batch_end = super().on_train_batch_end  # none, so that the loop calls none
 
@@ -197,7 +192,7 @@ class ModelCheckpoint(Monitoring):
         if not self._is_loaded:
             self._task, self._moment_of_last = None, None
         self._is_running, self._is_checked, self._is_paused = True, False, False
-        self._said = set()
+        self._errors.reset()
         self._began = time.monotonic()
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
@@ -375,12 +370,7 @@ class ModelCheckpoint(Monitoring):
     def _fail(self, task: _Task, error: BaseException) -> None:
         """What could not be written is forgotten, and the error raised or, once of each kind, said."""
         self._enter(task.undo)
-        if self.on_write_error == "raise" or not isinstance(error, OSError):
-            raise error
-        if error.errno not in self._said:
-            self._said.add(error.errno)
-            reason = (error.strerror or str(error)).rstrip(".")
-            warnings.warn(f"{type(self).__name__} goes on without a file: {reason}.", stacklevel=2)
+        self._errors.take(error)
 
     def _note(self, task: _Task) -> str | None:
         """Enters a file and `last` as if they were written, and returns the file that goes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 from ..writing import replacing
@@ -40,3 +41,33 @@ def link_or_copy(source: Path, target: Path) -> None:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
+
+
+class WriteErrors:
+    """What follows when the system refuses to write a file: the error, or a warning, once of each kind.
+
+    Args:
+        policy: `"raise"` or `"warn"`.
+        owner: Who writes, for the warning.
+    Raises:
+        ValueError: another policy.
+    """
+
+    def __init__(self, policy: str, owner: str) -> None:
+        if policy not in ("raise", "warn"):
+            raise ValueError(f'on_write_error={policy!r} is not known. Give "raise" or "warn".')
+        self.policy, self.owner = policy, owner
+        self._said: set[int | None] = set()
+
+    def reset(self) -> None:
+        """A new run has not been told of any yet."""
+        self._said.clear()
+
+    def take(self, error: BaseException) -> None:
+        """Raises an error or, where it is the system's and `policy` says so, warns of it."""
+        if self.policy == "raise" or not isinstance(error, OSError):
+            raise error
+        if error.errno not in self._said:
+            self._said.add(error.errno)
+            reason = (error.strerror or str(error)).rstrip(".")
+            warnings.warn(f"{self.owner} goes on without a file: {reason}.", stacklevel=2)
