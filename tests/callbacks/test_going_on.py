@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -247,3 +249,71 @@ def test_each_way_to_train_is_gone_on_with(folder, way, share, save_freq):
     model, batches_after = run(-1, again)
     assert batches_after < batches
     assert differences(state_of(model, again), state_of(whole, others)) == []
+
+
+# Ended by a signal, and gone on with by `resume=True`.
+
+
+class Signal(kt.Callback):
+    """Sends this process a signal within an epoch."""
+
+    def __init__(self, epoch, batch, number=signal.SIGTERM):
+        self.moment, self.number = (epoch, batch), number
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.epoch, batch) == self.moment:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("batch", [4, 5, 10])
+def test_what_a_signal_has_cut_is_gone_on_with_from_last(folder, batch, background):
+    def callbacks():
+        return [
+            ModelCheckpoint("runs/{epoch}-{val_loss:.4f}.pt", save_last=True, background=background),
+            CSVLogger("log.csv"),
+        ]
+
+    folder("whole")
+    others = callbacks()
+    whole = fit(others, resume=True)
+    expected, log = files(), Path("log.csv").read_bytes()
+    folder("cut")
+    cut = fit([*callbacks(), Signal(1, batch)], resume=True)
+    assert cut.history.stopped_by == "SIGTERM"
+    epochs = [name for name in files() if name.startswith("runs/") and not name.endswith("last.pt")]
+    assert len(epochs) == 1  # of the first epoch; the second one is not over
+    again = callbacks()
+    model = fit(again, resume=True)
+    assert differences(state_of(model, again), state_of(whole, others)) == []
+    assert files() == expected and Path("log.csv").read_bytes() == log
+
+
+def test_the_newest_file_is_gone_on_from_and_one_that_is_damaged_passed_over(folder):
+    def callbacks():
+        return [ModelCheckpoint("runs/{epoch}.pt"), ModelCheckpoint("best.pt", "loss", save_best_only=True)]
+
+    folder("whole")
+    whole = fit(callbacks())
+    folder("died")
+    with pytest.raises(Killed):
+        fit([*callbacks(), Die(25)])
+    assert sorted(path.name for path in callbacks()[0].saved_files()) == ["1.pt", "2.pt"]
+    assert [path.name for path in callbacks()[1].saved_files()] == ["best.pt"]
+    for name in ("runs/2.pt", "best.pt"):
+        Path(name).write_bytes(Path(name).read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="damaged") as found:
+        model = fit(callbacks(), resume=True)
+    assert len([one for one in found if "damaged" in str(one.message)]) == 2
+    assert torch.equal(model.module[0].weight, whole.module[0].weight)
+    assert model.history.history == whole.history.history
+
+
+def test_weights_alone_are_nothing_to_go_on_from(folder):
+    folder("weights")
+    callbacks = [ModelCheckpoint("{epoch}.safetensors", save_weights_only=True, save_last=True)]
+    fit(callbacks)
+    assert len(files()) == EPOCHS + 1 and callbacks[0].saved_files() == []
