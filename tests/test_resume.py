@@ -1,14 +1,14 @@
 """Runs that end anywhere and go on: bit-equal to one that did not end."""
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
-import textwrap
-import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -222,50 +222,63 @@ def test_a_second_ctrl_c_stops_at_once():
         run("arrays", Twice())
 
 
-def test_a_process_group_that_is_told_to_end_saves_and_leaves_nobody_behind(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import time, torch, kerastorch as kt
-            from torch.utils.data import DataLoader, Dataset
+LAUNCHERS = {
+    "a process": ([sys.executable], 1, lambda process: os.killpg(process.pid, signal.SIGTERM), "SIGTERM"),
+    "torchrun": (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        2,
+        lambda process: os.kill(process.pid, signal.SIGINT),
+        "interrupt",
+    ),
+}
+SCRIPT = """
+import os, sys, time, torch, kerastorch as kt
+from torch.utils.data import DataLoader, Dataset
 
-            class Slow(Dataset):
-                def __len__(self):
-                    return 4000
+class Slow(Dataset):
+    def __len__(self):
+        return 4000
 
-                def __getitem__(self, index):
-                    time.sleep(0.002)
-                    return torch.rand(3), torch.rand(1)
+    def __getitem__(self, index):
+        time.sleep(0.002)
+        return torch.rand(3), torch.rand(1)
 
-            class Say(kt.Callback):
-                def on_train_batch_end(self, batch, logs=None):
-                    print("batch", batch, flush=True)
+class Say(kt.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 5:
+            os.write(1, f"ready {os.getpid()}\\n".encode())
 
-            model = kt.Model(torch.nn.Linear(3, 1), backend="cpu").compile("sgd", "mse")
-            callbacks = [Say(), kt.callbacks.BackupAndRestore({str(tmp_path / "backup")!r})]
-            history = model.fit(DataLoader(Slow(), 5, num_workers=2), callbacks=callbacks, verbose=0)
-            print("stopped by", history.stopped_by, flush=True)
-            """
-        )
-    )
-    process = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ
-    )
+rank = os.environ.get("RANK", "0")
+if "RANK" in os.environ:
+    torch.distributed.init_process_group("gloo")
+model = kt.Model(torch.nn.Linear(3, 1), backend="cpu").compile("sgd", "mse")
+callbacks = [Say(), kt.callbacks.BackupAndRestore(os.path.join(sys.argv[1], rank))]
+history = model.fit(DataLoader(Slow(), 5, num_workers=2), callbacks=callbacks, verbose=0)
+os.write(1, f"stopped by {history.stopped_by}\\n".encode())
+"""
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_processes_that_are_told_to_end_save_and_leave_nobody_behind(tmp_path, launcher):
+    command, ranks, tell, reason = LAUNCHERS[launcher]
+    (tmp_path / "train.py").write_text(SCRIPT)
+    started = [*command, str(tmp_path / "train.py"), str(tmp_path / "backups")]
+    process = subprocess.Popen(started, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ)
+    family = []
     try:
-        for line in process.stdout:
-            if line == "batch 5\n":
-                os.killpg(process.pid, signal.SIGTERM)
-                break
-        rest = process.stdout.read()
-        assert process.wait(60) == 0 and rest.endswith("stopped by SIGTERM\n")
-        assert os.listdir(tmp_path / "backup") == ["backup.pt"]
-        time.sleep(0.2)
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
+        for _, line in zip(range(ranks), process.stdout, strict=False):
+            assert line.startswith("ready")
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 2 * ranks  # with their data workers
+        tell(process)
+        assert process.stdout.read() == f"stopped by {reason}\n" * ranks
+        assert process.wait(60) == (launcher == "torchrun")  # which says that it was a signal
+        assert [os.listdir(folder) for folder in (tmp_path / "backups").iterdir()] == [["backup.pt"]] * ranks
+        assert psutil.wait_procs(family, timeout=5)[1] == []
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        for one in [process, *family]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                one.kill()
 
 
 def test_a_sample_that_fails_is_named(tmp_path):
