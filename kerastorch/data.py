@@ -55,6 +55,7 @@ class Data:
         generators: Random numbers of the user's own that a pass draws from.
         draws: Whether a pass draws from the random numbers of this process, too.
         own: What tells by its own `state_dict` where it is; `None` = the number of the batch says that.
+        own_size: Samples in each batch of `own`; one with fewer is the last of a pass. `None` = not known.
         indices: Number of the pass and of a batch that was just given -> the numbers of its samples in the data.
         caveat: What cannot be exact in a run that goes on within a pass; `None` = nothing.
     """
@@ -66,6 +67,7 @@ class Data:
     generators: tuple[Generator, ...] = ()
     draws: bool = False
     own: Any = None
+    own_size: int | None = None
     indices: Callable[[int, int], list[int] | None] = lambda number, batch: None
     caveat: str | None = None
 
@@ -318,7 +320,8 @@ def _open_iterable_dataset(dataset: Any, reading: Reading) -> Data:
         return map(read, skipping(DataLoader(dataset, batch_size=batch_size, generator=torch.Generator()), start))
 
     steps = -(-len(dataset) // batch_size) if hasattr(dataset, "__len__") else None
-    return Data(batches, steps, generators=tuple(generators_in(dataset)), draws=True, **_way_back(dataset))
+    way_back = _way_back(dataset) | {"own_size": batch_size}
+    return Data(batches, steps, generators=tuple(generators_in(dataset)), draws=True, **way_back)
 
 
 def _open_loader(loader: DataLoader, reading: Reading) -> Data:
@@ -334,7 +337,7 @@ def _open_loader(loader: DataLoader, reading: Reading) -> Data:
         return Data(partial(_mapped, read, indexed.batches), steps, generators=generators, draws=True, **options)
     way_back = _way_back(loader if hasattr(loader, "state_dict") or loader.num_workers else loader.dataset)
     batches = partial(_mapped, read, lambda number, start: skipping(loader, start))
-    return Data(batches, steps, generators=generators, draws=True, **way_back)
+    return Data(batches, steps, generators=generators, draws=True, own_size=loader.batch_size, **way_back)
 
 
 def _mapped(read: Callable[[Any], Batch], batches: Callable, number: int, start: int = 0) -> Iterator[Batch]:

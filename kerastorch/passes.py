@@ -14,6 +14,7 @@ from .data import Data
 from .limits import Portion
 from .position import Position
 from .seeding import random_state, set_random_state
+from .structures import leaves
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Passes:
         self._begun: deque[Pass] = deque(maxlen=2)  # the running one and, where batches are fetched ahead, the next
         self._stream: Iterator | None = None
         self._pulled, self._before_pull = 0, None
+        self._is_over = False  # the running pass of data that tells by itself where it is
         self._saved: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
 
     def epoch(self) -> Iterator:
@@ -69,6 +71,8 @@ class Passes:
             found = self._begin(self._next_pass(), 0) if batches is None else batches
         if self._looks_ahead:
             found = self._noting(found)
+        if self.data.own is not None and self.data.own_size is not None:
+            found = self._noting_the_end(found)
         return self.feed(islice(found, self.taken.batches and self.taken.batches - self.position.batch))
 
     @property
@@ -89,6 +93,7 @@ class Passes:
             "random": None if running is None else running.random,
             "random_before_next": self._before_pull if self._looks_ahead and self._pulled > self._done else None,
             "own": self._own_state(running),
+            "is_over": running is not None and self._is_over,
         }
 
     def _own_state(self, running: Pass | None) -> Any:
@@ -127,7 +132,8 @@ class Passes:
         if state["random"] is not None:
             set_random_state(state["random"], generators)
         batches = self.data.batches(state["pass"], state["batch"] if self.data.own is None else 0)
-        if self.data.own is not None and state["batch"] == state["steps"]:  # which its state may have forgotten
+        is_over = state["is_over"] or state["batch"] == state["steps"]
+        if self.data.own is not None and is_over:  # which its state may have forgotten
             batches = iter(())
         if state["random_before_next"] is not None:
             set_random_state(state["random_before_next"], generators)
@@ -155,6 +161,11 @@ class Passes:
             if taken == 0 or not self.data.repeats:
                 return
             number, offset, start, batches = number + 1, offset + taken, 0, None
+
+    def _noting_the_end(self, batches: Iterator) -> Iterator:
+        for batch in batches:
+            self._is_over = len(next(leaves(batch[0]))) < self.data.own_size
+            yield batch
 
     def _noting(self, batches: Iterator) -> Iterator:
         """Keeps the random numbers of before each batch, which is fetched while others are still drawn from them."""

@@ -42,7 +42,7 @@ BELOW = {
     "overrides": {"accumulation", "checks", "optimizers", "precision", "step"},
     "loop": {"history", "limits", "position", "step", "structures"},
     "position": set(),
-    "passes": {"data", "limits", "position", "seeding"},
+    "passes": {"data", "limits", "position", "seeding", "structures"},
     "resume": {"checkpoint", "passes", "position", "seeding", "state", "step"},
     "samples": {"seeding"},
     "scopes": {"overrides", "precision", "seeding", "state", "step"},

@@ -132,6 +132,21 @@ def test_a_run_that_died_ends_as_the_one_that_did_not(tmp_path, data, freq, at):
     assert resumed.history == history.history and resumed.epoch == history.epoch
 
 
+@pytest.mark.parametrize("options", [{"batch_size": 5}, {"batch_size": 4}, {"batch_size": 5, "steps_per_epoch": 11}])
+def test_a_stream_that_is_over_is_not_gone_through_again(tmp_path, options):
+    """Its own state says at its end what it says at its beginning."""
+
+    def died(at):
+        with pytest.raises(Killed):
+            run("stream with a state", Die(at), BackupAndRestore(tmp_path, save_freq=1), **options)
+
+    whole, history = run("stream with a state", **options)
+    died(len(X) // options["batch_size"] + (options["batch_size"] == 5))  # at the first batch of the second epoch
+    model, resumed = run("stream with a state", BackupAndRestore(tmp_path, save_freq=1), **options)
+    assert reference.same_weights(model.module, whole.module)
+    assert resumed.history == history.history
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samples_before_the_place_are_not_loaded(tmp_path, workers):
     class Counting(Augmented):
