@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .faults import explained
 from .history import History
 from .limits import Ending, Frequency, Limits
 from .position import Position
@@ -323,17 +324,26 @@ def _stoppable(ending: Ending) -> Iterator[None]:
 
 @contextmanager
 def announced_errors(hooks: SimpleNamespace) -> Iterator[None]:
-    """Tells the callbacks of an error that is about to end the run, and names in it the one that raised it."""
+    """Tells the callbacks of an error that is about to end the run, once it says where it comes from."""
     try:
         yield
     except BaseException as error:
-        _name_callback(error, hooks)
+        told = explained(error)
+        if told is error:
+            _name_callback(error, hooks)
         for hook in hooks.on_exception:
             try:
-                hook(error)
+                hook(told)
             except Exception as another:  # those behind it still have files to close
                 warnings.warn(f"{_title('on_exception', hook)} failed too, with {another!r}.", stacklevel=4)
-        raise
+        if told is error:
+            raise
+        try:
+            raise told from error
+        finally:
+            del (
+                told
+            )  # else it and this frame, in its traceback, keep each other alive: and with them the data's workers
 
 
 def _name_callback(error: BaseException, hooks: SimpleNamespace) -> None:

@@ -248,7 +248,7 @@ class NaNFinder(Callback):
 
     def _samples(self, note: Note | None = None) -> str:
         """Which samples it is about: by their positions in the data, where these are known."""
-        known = getattr(self.model, "batch_indices", None)
+        known = self.model.batch_indices
         rows = list(range(self._rows))
         if note is not None and len(note.is_finite) == self._rows:
             rows = (~note.is_finite).nonzero().flatten().tolist()
