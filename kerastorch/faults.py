@@ -140,7 +140,8 @@ def _advice(place: Place) -> str:
     if size is not None:
         return f"Give a microbatch smaller than {size}, or {gentler}."
     if place.step is forward_backward:
-        return f'Give fit microbatch="auto", which cuts batches into pieces that fit, or a smaller batch_size; or {gentler}.'
+        pieces = 'fit microbatch="auto", which cuts batches into pieces that fit, or a smaller batch_size'
+        return f"Give {pieces}; or {gentler}."
     return f"Give a smaller batch_size with accumulate, which makes one step of several batches; or {gentler}."
 
 
