@@ -107,10 +107,12 @@ class NaNFinder(Callback):
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
         self._cleanup.close()
         self._forget()
+        self._unhook()
 
     def on_exception(self, error: BaseException) -> None:
         self._cleanup.close()
         self._forget()
+        self._unhook()
         if self._text is not None and str(error).startswith(self._text):
             error.args = (self._text,)  # without the name of this callback, which nobody has given
 
@@ -120,6 +122,7 @@ class NaNFinder(Callback):
     def on_train_batch_begin(self, batch: int, logs: MutableMapping | None = None) -> None:
         self._batch, self._is_watching = batch, True
         self._forget()
+        self._unhook()
         if not self._has_begun:  # not in `on_train_begin`: a run that is resumed gets its weights after that
             self._has_begun = True
             # Of those that are frozen, some are masks, where infinities belong.
@@ -195,6 +198,9 @@ class NaNFinder(Callback):
         self._calls: list[Call] = []
         self._notes: list[Note] = []
         self._rows = self._rows_before = 0
+
+    def _unhook(self) -> None:
+        """Not before a batch is over: what it computed first may be what it goes back through last."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -230,6 +230,20 @@ def test_a_gradient_is_traced_to_what_forward_computes_itself(digits):
     )
 
 
+def test_a_gradient_of_the_second_of_two_losses_is_traced_too(digits):
+    class Twice(kt.Model):
+        def train_step(self, batch: tuple) -> None:
+            losses = [self.module[name](batch[0]).mean() for name in ("left", "right")]
+            for loss in losses:
+                self.backward(loss)
+            self.optimizer_step()
+
+    module = nn.ModuleDict({"left": linear(), "right": nn.Sequential(linear(), Zeros(), Sqrt())})
+    assert "It began on the way back through 'right.2' (Sqrt), " in error_of(
+        model_of(module, None, kind=Twice), *digits
+    )
+
+
 def test_a_gradient_may_be_a_parameters_own(digits):
     class Scale(nn.Module):
         def __init__(self) -> None:
