@@ -103,7 +103,8 @@ def calls(count: int, folder: Path) -> Iterator[tuple[Any, dict]]:
             callbacks.EarlyStopping("loss", patience=3, restore_best_weights=True),
         ]
         if number % 10 == 0:
-            given.append(callbacks.TensorBoard(folder / "board"))
+            # Without the graph: torch.jit.trace, which draws it, keeps some 50 kB of each (torch 2.13).
+            given.append(callbacks.TensorBoard(folder / "board", write_graph=False))
         model.fit(data.x, data.y, validation_split=0.2, epochs=2, callbacks=given, verbose=0)
         model.predict(data.x[:40], verbose=0)
         model.evaluate(data.x, data.y, verbose=0)

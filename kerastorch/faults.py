@@ -64,11 +64,13 @@ class Place(NamedTuple):
         return f"in {phase}, at batch {self.batch}{of_epoch} (counted from 1){of_samples}"
 
 
-def explained(error: BaseException) -> BaseException:
+def explained(error: BaseException, in_callback: bool) -> BaseException:
     """The error, or one of its type that says more: where memory ran out or a data worker died, and what to do.
 
     Args:
         error: With its traceback, from the loop on.
+        in_callback: Whether it was raised in a hook: memory that runs out there is the callback's affair, while it is
+            by chance that a worker dies just then.
     Returns:
         The error itself where it is of neither kind, or says so already; else one to raise from it.
     """
@@ -77,7 +79,8 @@ def explained(error: BaseException) -> BaseException:
         return error
     if dead := _dead_worker(error):
         return RuntimeError(_text_of_dead(*dead, place))
-    if is_out_of_memory(error) and not (error.__cause__ and is_out_of_memory(error.__cause__)):
+    is_told = in_callback or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
+    if is_out_of_memory(error) and not is_told:
         return _again(error, _text_of_memory(error, place))
     return error
 
@@ -123,7 +126,7 @@ def _samples_in(values: SimpleNamespace) -> int | None:
 def _text_of_memory(error: BaseException, place: Place) -> str:
     reason = (str(error) or type(error).__name__).partition("\n")[0].rstrip(". ")
     peak = _peak_bytes(error)
-    at_most = "" if peak is None else f" At its peak it was {peak / 2**30:.2f} GiB."
+    at_most = "" if peak is None else f" At its peak, {peak / 2**30:.2f} GiB were in use."
     return f"memory ran out {place}: {reason}.{at_most} {_advice(place)}"
 
 
