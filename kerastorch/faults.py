@@ -20,10 +20,12 @@ from .memory import is_out_of_memory
 from .step import forward_backward, samples_in
 
 LOOP = f"{__package__}.loop"
-READING = ("torch.utils.data.", *(f"{__package__}.{name}" for name in ("backends.", "data", "passes", "samples")))
+READING = tuple(f"{__package__}.{name}" for name in ("backends.", "data", "passes", "samples"))
 
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+(?:, \d+)*)\) (?:exited unexpectedly|is killed)")
 HOW_IT_DIED = re.compile(r"killed by signal: ([^.]+)\.|with exit code (\d+)")
+
+WAITED_S = 0.2  # for a worker to end that has closed its end of a connection
 
 MEMORY_OF_WORKERS = "Each worker holds batches of its own: give fewer num_workers or a smaller prefetch_factor"
 CAUSE_IN_THIS_PROCESS = "Give num_workers=0 once, which shows what the dataset does there in this process"
@@ -79,7 +81,8 @@ def explained(error: BaseException, in_callback: bool) -> BaseException:
         return error
     if dead := _dead_worker(error):
         return RuntimeError(_text_of_dead(*dead, place))
-    is_told = in_callback or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
+    in_worker = str(error).startswith("Caught ")  # there the sample is named, and batches have nothing to do with it
+    is_told = in_callback or in_worker or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
     if is_out_of_memory(error) and not is_told:
         return _again(error, _text_of_memory(error, place))
     return error
@@ -99,7 +102,7 @@ def _place_of(error: BaseException) -> Place | None:
     values = SimpleNamespace(**frames[names[name]].f_locals)
     position = frames[names["fit"]].f_locals["position"] if "fit" in names else None
     epoch = None if position is None else position.epoch + 1
-    is_reading = any(map(_reads, frames[names[name] + 1 :]))
+    is_reading = not _is_of_step(frames[names[name] + 1 :])
     if name in ("train_epoch", "fit"):
         samples = None if is_reading or name == "fit" else _samples_in(values)
         return Place("training", epoch, position.batch + 1, samples, getattr(values, "step", None))
@@ -108,8 +111,10 @@ def _place_of(error: BaseException) -> Place | None:
     return Place(phase, epoch, index + 1 + is_reading, None if is_reading else _samples_in(values), None)
 
 
-def _reads(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").startswith(READING)
+def _is_of_step(frames: list[FrameType]) -> bool:
+    """Whether what the loop called is of this package: what it iterates over begins in C, or is the user's own."""
+    name = frames[0].f_globals.get("__name__", "") if frames else ""
+    return name.startswith(f"{__package__}.") and not name.startswith(READING)
 
 
 def _samples_in(values: SimpleNamespace) -> int | None:
@@ -166,12 +171,28 @@ def _peak_bytes(error: BaseException) -> int | None:
 
 def _dead_worker(error: BaseException) -> tuple[str, str | None, str | None] | None:
     """Process id of a worker that died, the signal that killed it, its exit code; the latter two where known."""
+    if isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):  # it died while it handed over a batch
+        return _first_dead(error)
     if not isinstance(error, RuntimeError) or not (found := DEAD_WORKER.match(str(error))):
         return None
     said = "".join(f"{one} " for one in _chain(error))
     how = HOW_IT_DIED.search(said)
     killed_by, code = how.groups() if how else (None, None)
     return found[1], killed_by and _name_of_signal(killed_by), code
+
+
+def _first_dead(error: BaseException) -> tuple[str, str | None, str | None] | None:
+    """What a loader, if it was one that the error came through, knows of a worker that has ended."""
+    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for worker in (one for owner in owners for one in getattr(owner, "_workers", ())):
+        try:
+            worker.join(WAITED_S)
+        except RuntimeError as told:  # torch's, which comes whenever the system says that a process has ended
+            return _dead_worker(told)
+        if worker.exitcode:
+            code = worker.exitcode
+            return str(worker.pid), signal.Signals(-code).name if code < 0 else None, str(code) if code > 0 else None
+    return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -107,7 +107,7 @@ PHASES = {
         f"Give a smaller batch_size with accumulate, which makes one step of several batches; or {BF16}.",
     ),
     "validation": (
-        lambda: fit(compiled(Net(at(14))), epochs=3, validation_data=(X, Y), validation_batch_size=20),
+        lambda: fit(compiled(Net(at(17))), epochs=3, validation_data=(X, Y), validation_batch_size=20),
         "in validation, at batch 2 of epoch 2 (counted from 1), which has 20 samples",
         "Give fit a smaller validation_batch_size, or the loader that it reads from.",
     ),
@@ -316,7 +316,7 @@ needs_fork = pytest.mark.skipif(
 
 
 def said_of_worker(told):
-    """The text without the numbers that are of chance: workers are ahead of the run, and their death is heard at once."""
+    """The text without the numbers that are of chance: workers are ahead of the run, and a death is heard at once."""
     found = re.fullmatch(
         r"a data worker \(process (\d+)\) (.*), at batch (\d+)( of epoch 1)? \(counted from 1\)\. (.*)", told
     )
@@ -338,7 +338,7 @@ def test_a_worker_that_dies_ends_the_run_at_once(death, persistent):
             fit(model, loader, epochs=2)
         assert time.monotonic() - began < 4
         assert said_of_worker(str(caught.value)) == (f"{how} in training", advice)
-        assert str(caught.value.__cause__).startswith("DataLoader worker (pid")
+        assert isinstance(caught.value.__cause__, (RuntimeError, ConnectionError, EOFError, FileNotFoundError))
     del caught, loader
     gc.collect()
     assert not multiprocessing.active_children()
