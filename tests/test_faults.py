@@ -541,7 +541,7 @@ def test_a_damaged_file_is_said_to_be_so(path, damage, told):
             "weights_only=False)['state_dict']); names there may begin with the name of an attribute.",
         ),
         (
-            lambda path: torch.save(Net(), path),
+            lambda path: torch.save(nn.Linear(4, 1), path),
             "holds more than tensors and plain data, and was not read: reading the rest may run anything. Give a file "
             "that model.save wrote.",
         ),
@@ -657,6 +657,9 @@ def test_a_disk_that_is_really_full_ends_the_run_and_leaves_what_was_there(small
         return ModelCheckpoint(path, background="background" in saver)
 
     def fill():
+        deadline = time.monotonic() + 20
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
         for size in (2**16, 1):
             with open(small_disk / f"filler{size}", "wb", buffering=0) as file:
                 try:
