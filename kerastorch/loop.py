@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .faults import explained
 from .history import History
 from .limits import Ending, Frequency, Limits
 from .position import Position
@@ -323,31 +324,39 @@ def _stoppable(ending: Ending) -> Iterator[None]:
 
 @contextmanager
 def announced_errors(hooks: SimpleNamespace) -> Iterator[None]:
-    """Tells the callbacks of an error that is about to end the run, and names in it the one that raised it."""
+    """Tells the callbacks of an error that is about to end the run, once it says where it comes from."""
     try:
         yield
     except BaseException as error:
-        _name_callback(error, hooks)
+        told = explained(error, in_callback=_name_callback(error, hooks))
         for hook in hooks.on_exception:
             try:
-                hook(error)
+                hook(told)
             except Exception as another:  # those behind it still have files to close
                 warnings.warn(f"{_title('on_exception', hook)} failed too, with {another!r}.", stacklevel=4)
-        raise
+        if told is error:
+            raise
+        try:
+            raise told from error
+        finally:
+            del (
+                told
+            )  # else it and this frame, in its traceback, keep each other alive: and with them the data's workers
 
 
-def _name_callback(error: BaseException, hooks: SimpleNamespace) -> None:
-    """Adds the callback in whose hook an error was raised to its message."""
+def _name_callback(error: BaseException, hooks: SimpleNamespace) -> bool:
+    """Adds the callback in whose hook an error was raised, if it was in one, to its message."""
     called = [(name, hook) for name, table in vars(hooks).items() for hook in table if hasattr(hook, "__code__")]
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     found = next((one for frame in frames for one in called if _is_call_of(frame, one[1])), None)
     if found is None or not isinstance(error, Exception):
-        return
+        return False
     note = f"raised in {_title(*found)}"
     if len(error.args) <= 1 and all(isinstance(argument, str) for argument in error.args):
         error.args = (" ".join([*error.args, f"({note})"]),)
     elif hasattr(error, "add_note"):  # Python 3.11
         error.add_note(note)
+    return True
 
 
 def _is_call_of(frame: Any, hook: Callable) -> bool:

@@ -122,6 +122,7 @@ class IndexedLoader:
             self._draw(number)
         if not start:
             self._order.begin(number, **options)
+            _forget_dead_workers(self._all)
             return iter(self._all)
         order = _Keys(positioned(loader._index_sampler, start))
         order.begin(number, **options, start=start)
@@ -135,6 +136,13 @@ class IndexedLoader:
 
 # Made once for each loader, so that workers that are to persist do so from one `fit` to the next.
 _whole: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _forget_dead_workers(loader: DataLoader) -> None:
+    """Workers that persist are started anew where one has died: torch would wait for it."""
+    workers = getattr(loader._iterator, "_workers", ())
+    if not all(worker.is_alive() for worker in workers):
+        loader._iterator = None
 
 
 class _Keys:

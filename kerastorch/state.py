@@ -17,6 +17,7 @@ from .history import History
 
 OPTIONS_OF_DEVICE = ("fused", "foreach", "capturable")  # how an optimizer computes, not what
 NAMES_SHOWN = 10
+KEYS = ("module", "optimizers", "schedules", "scaler", "epochs_trained", "history", "callbacks")
 
 
 def state_of(model: Any, callbacks: Iterable[Any] = ()) -> dict[str, Any]:
@@ -67,8 +68,9 @@ def restore(model: Any, state: Mapping[str, Any], source: str = "the state") -> 
         state: What `state_of` returned.
         source: Where it is from, for errors.
     Raises:
-        ValueError: the module has other names or shapes, or its training is compiled otherwise.
+        ValueError: part of it is missing; the module has other names or shapes, or its training is compiled otherwise.
     """
+    refuse_incomplete(state, source)
     refuse_unlike(model.module, state["module"], source)
     was_made = bool(model.updates) or not state["optimizers"]
     if was_made:
@@ -88,6 +90,34 @@ def restore(model: Any, state: Mapping[str, Any], source: str = "the state") -> 
     model._ended_run = state.get("run")
 
 
+def refuse_incomplete(state: Mapping[str, Any], source: str) -> None:
+    """A state must have all its parts, as one that somebody wrote with other means may not.
+
+    Args:
+        state: To be put back.
+        source: Where it is from, for the error.
+    Raises:
+        ValueError: some are missing, with the keys that lead to them.
+    """
+    needed = {(): KEYS, ("history",): ("params", "epoch", "logs", "intervals")}
+    for name in state.get("optimizers") or ():
+        needed |= {("optimizers", name): ("kind", "groups", "state"), ("schedules",): (name,)}
+    missing = []
+    for keys, names in needed.items():
+        part: Any = state
+        for key in keys:
+            part = part.get(key)
+            if part is None:  # there was none, or it is missing itself
+                break
+        else:
+            missing += ["".join(f"[{key!r}]" for key in (*keys, name)) for name in names if name not in part]
+    if missing:
+        raise ValueError(
+            f"{source} has not all of a state: missing {_listed(missing)}. Nothing was changed. Give a file that "
+            f"model.save wrote."
+        )
+
+
 def restore_callbacks(callbacks: Iterable[Any], state: Mapping[str, Any]) -> None:
     """Gives callbacks the states that those of the same class had, in order; others begin anew.
 
@@ -104,7 +134,11 @@ def restore_callbacks(callbacks: Iterable[Any], state: Mapping[str, Any]) -> Non
 
 
 def refuse_unlike(
-    module: nn.Module, weights: Mapping[str, Any], source: str, strict: bool = True, skip_mismatch: bool = False
+    module: nn.Module,
+    weights: Mapping[str, Any],
+    source: str,
+    strict: bool = True,
+    skip_mismatch: bool | None = None,
 ) -> list[str]:
     """Names and shapes of weights must be those of a module.
 
@@ -113,7 +147,8 @@ def refuse_unlike(
         weights: Tensors by name.
         source: Where they are from, for the error.
         strict: Whether missing and unexpected names are refused. Default: `True`.
-        skip_mismatch: Whether tensors of another shape are not. Default: `False`.
+        skip_mismatch: Whether tensors of another shape are not; `None` = they are, and nobody could ask for it.
+            Default: `None`.
     Returns:
         What differs and was not refused, in words.
     Raises:
@@ -131,9 +166,13 @@ def refuse_unlike(
     allowed = {"missing": not strict, "unexpected": not strict, "of another shape": skip_mismatch}
     differences = [f"{what} {_listed(names)}" for what, names in found.items() if names]
     if any(names and not allowed[what] for what, names in found.items()) or (own and not fitting):
+        instead = ""
+        if skip_mismatch is not None and fitting:
+            needed = {"strict=False": found["missing"] or found["unexpected"], "skip_mismatch=True": reshaped}
+            instead = f", or give {' and '.join(one for one in needed if needed[one])} to leave out what does not fit"
         raise ValueError(
             f"{source} does not fit the module, which is as it was: {'; '.join(differences)}. Make the module as it "
-            f"was when the file was written."
+            f"was when the file was written{instead}."
         )
     return differences
 

@@ -614,7 +614,8 @@ class TestOtherNames:
         assert str(caught.value) == (
             f"{str(path)!r} does not fit the module, which is as it was: missing '3.weight', '3.bias'; unexpected "
             f"'head.bias'; of another shape '0.weight' (16, 64) instead of (8, 64), '0.bias' (16,) instead of (8,), "
-            f"'2.weight' (10, 16) instead of (10, 8). Make the module as it was when the file was written."
+            f"'2.weight' (10, 16) instead of (10, 8). Make the module as it was when the file was written, or give "
+            f"strict=False and skip_mismatch=True to leave out what does not fit."
         )
         assert same_weights(model.module, before)
 

@@ -1,6 +1,6 @@
 """Who may import whom: downwards only, so that each file can be read knowing only those below it.
 
-    __init__ > model > loop > step > tracker > metrics > losses > targets    loop > history, limits, position
+    __init__ > model > loop > step > tracker > metrics > losses > targets    loop > faults, history, limits, position
                      > compilation > jit > computation > step > accumulation > losses
                                    > optimizers > patterns     > precision > structures
                                    > schedules
@@ -40,7 +40,8 @@ BELOW = {
     "microbatch": {"accumulation", "memory", "step", "structures"},
     "tbptt": {"step", "structures"},
     "overrides": {"accumulation", "checks", "optimizers", "precision", "step"},
-    "loop": {"history", "limits", "position", "step", "structures"},
+    "faults": {"memory", "step"},
+    "loop": {"faults", "history", "limits", "position", "step", "structures"},
     "position": set(),
     "passes": {"data", "limits", "position", "seeding", "structures"},
     "resume": {"checkpoint", "passes", "position", "seeding", "state", "step"},

@@ -84,7 +84,10 @@ class NaNFinder(Callback):
 
     def __init__(self) -> None:
         self._cleanup = ExitStack()
-        self._error: FloatingPointError | None = None
+        # The hooks of a graph refer to this object, and no garbage collector sees that: so it keeps no error, whose
+        # traceback leads back to the graph, and takes the hooks off again.
+        self._text: str | None = None
+        self._handles: list[Any] = []
 
     def on_train_begin(self, logs: MutableMapping | None = None) -> None:
         self._epoch = self._batch = -1
@@ -103,11 +106,14 @@ class NaNFinder(Callback):
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
         self._cleanup.close()
+        self._forget()
+        self._unhook()
 
     def on_exception(self, error: BaseException) -> None:
         self._cleanup.close()
         self._forget()
-        if error is self._error:
+        self._unhook()
+        if self._text is not None and str(error).startswith(self._text):
             error.args = (self._text,)  # without the name of this callback, which nobody has given
 
     def on_epoch_begin(self, epoch: int, logs: MutableMapping | None = None) -> None:
@@ -116,6 +122,7 @@ class NaNFinder(Callback):
     def on_train_batch_begin(self, batch: int, logs: MutableMapping | None = None) -> None:
         self._batch, self._is_watching = batch, True
         self._forget()
+        self._unhook()
         if not self._has_begun:  # not in `on_train_begin`: a run that is resumed gets its weights after that
             self._has_begun = True
             # Of those that are frozen, some are masks, where infinities belong.
@@ -167,7 +174,7 @@ class NaNFinder(Callback):
         for label, tensor in _floats(named_leaves(inputs, "input"), named_leaves(named, "input")):
             self._note("inputs", call, label, tensor)
             if tensor.requires_grad and self._checks_gradients:
-                tensor.register_hook(partial(self._note, "inputs' gradient", call, label))
+                self._handles.append(tensor.register_hook(partial(self._note, "inputs' gradient", call, label)))
 
     def _end(self, layer: nn.Module, inputs: tuple, output: Any) -> None:
         if not self._running or torch.compiler.is_compiling():
@@ -178,7 +185,7 @@ class NaNFinder(Callback):
         for label, tensor in _floats(named_leaves(output, "output")):
             self._note("result", call, label, tensor)
             if tensor.requires_grad and self._checks_gradients:
-                tensor.register_hook(partial(self._note, "result's gradient", call, label))
+                self._handles.append(tensor.register_hook(partial(self._note, "result's gradient", call, label)))
 
     def _note(self, what: str, call: Call, label: str, tensor: Tensor) -> None:
         tensor = tensor.detach()
@@ -191,6 +198,12 @@ class NaNFinder(Callback):
         self._calls: list[Call] = []
         self._notes: list[Note] = []
         self._rows = self._rows_before = 0
+
+    def _unhook(self) -> None:
+        """Not before a batch is over: what it computed first may be what it goes back through last."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     # What the notes say.
 
@@ -248,7 +261,7 @@ class NaNFinder(Callback):
 
     def _samples(self, note: Note | None = None) -> str:
         """Which samples it is about: by their positions in the data, where these are known."""
-        known = getattr(self.model, "batch_indices", None)
+        known = self.model.batch_indices
         rows = list(range(self._rows))
         if note is not None and len(note.is_finite) == self._rows:
             rows = (~note.is_finite).nonzero().flatten().tolist()
@@ -272,8 +285,8 @@ class NaNFinder(Callback):
         return f"step {step} (epoch {self._epoch + 1}, batch {self._batch + 1}, counted from 1)"
 
     def _fail(self, text: str) -> None:
-        self._text, self._error = text, FloatingPointError(text)
-        raise self._error
+        self._text = text
+        raise FloatingPointError(text)
 
 
 def _unwrapped(name: str) -> str:

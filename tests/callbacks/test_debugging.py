@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -225,6 +227,20 @@ def test_a_gradient_is_traced_to_what_forward_computes_itself(digits):
     assert error_of(model_of(Own()), *digits) == (
         f"the loss of {STEP} is finite, but the gradient of 'first.weight' is nan. It began in what is computed from "
         f"the result of 'first' (Linear), for {ALL_10}. {GRADIENT}"
+    )
+
+
+def test_a_gradient_of_the_second_of_two_losses_is_traced_too(digits):
+    class Twice(kt.Model):
+        def train_step(self, batch: tuple) -> None:
+            losses = [self.module[name](batch[0]).mean() for name in ("left", "right")]
+            for loss in losses:
+                self.backward(loss)
+            self.optimizer_step()
+
+    module = nn.ModuleDict({"left": linear(), "right": nn.Sequential(linear(), Zeros(), Sqrt())})
+    assert "It began on the way back through 'right.2' (Sqrt), " in error_of(
+        model_of(module, None, kind=Twice), *digits
     )
 
 
@@ -602,3 +618,23 @@ def test_the_module_can_be_exported_meanwhile(digits, tmp_path):
     told = error_of(model, *digits, callbacks=Exports())
     assert told.startswith("the loss of step 2 (epoch 1, batch 2, counted from 1) is nan. It began in '1' (Function), ")
     assert torch.export.load(tmp_path / "net.pt2").module()(digits[0][:5]).shape == (5, 10)
+
+
+def test_nothing_of_a_graph_is_alive_after_the_error_even_where_the_module_keeps_some(digits):
+    """No garbage collector sees a cycle through the hooks of a graph: what is in one stays until the process ends."""
+
+    def failed() -> weakref.ref:
+        module, kept = nn.Sequential(linear(), Function(lambda x: kept.append(x) or x / (len(kept) != 3))), []
+        error_of(model_of(module), *digits)
+        assert len(kept) == 3 and graph_tensors() >= before + 3
+        return weakref.ref(module)
+
+    gc.collect()
+    before = graph_tensors()
+    module = failed()
+    gc.collect()
+    assert module() is None and graph_tensors() == before
+
+
+def graph_tensors() -> int:
+    return sum(type(one) is Tensor and one.grad_fn is not None for one in gc.get_objects())
