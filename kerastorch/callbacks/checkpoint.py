@@ -84,7 +84,8 @@ class ModelCheckpoint(Monitoring):
         on_exception: Whether to save to `exception`, beside `last`, when an error ends the run: for a look at it. What
             goes on from there is not exact. Default: `False`.
         background: Whether files are written by a thread while training goes on, from a copy in the CPU's memory. One
-            at a time is: the next one waits for it, and so does the end of the run. Default: `False`.
+            at a time is: the next one waits for it, and so does the end of the run, and another callback that saves all
+            of the state. Default: `False`.
         on_write_error: What follows when the system refuses to write a file, as a full disk does: `"raise"`, or
             `"warn"` = it is said, once of each kind, training goes on, and the next file is tried again. Files that are
             there stay. With `background` it is seen when the next file is due, or the epoch ends. Default: `"raise"`.
@@ -475,10 +476,10 @@ class ModelCheckpoint(Monitoring):
 
     def state_dict(self) -> dict[str, Any]:
         """The best value, the files that are kept with their values, and what is still to be written."""
-        books = self._books() if self._writing is None else self._writing.undo
+        self._wait()  # a run that goes on from here would neither know of this file nor come by its moment again
         due = self._task and [self._task.epoch, self._task.path, self._task.value, self._task.last]
         counts = {"batches": self._batches, "batch": self._batch, "is_due": self._is_due}
-        return super().state_dict() | books | counts | {"due": due}
+        return super().state_dict() | self._books() | counts | {"due": due}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state; files that are no longer there are forgotten when the run begins."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import kerastorch as kt
 from kerastorch import checkpoint
 from kerastorch.callbacks import (
     EMA,
+    BackupAndRestore,
     CSVLogger,
     EarlyStopping,
     LearningRateScheduler,
@@ -164,3 +166,21 @@ def test_a_run_that_died_leaves_the_files_of_the_one_that_did_not(folder, after,
         if name.endswith(".pt"):
             written, wanted = (dict(checkpoint.read(Path(place, name))) for place in (".", "../whole"))
             assert differences(written, wanted) == [], name
+
+
+@pytest.mark.parametrize("after", [7, 14, 26])
+def test_what_a_thread_is_writing_when_a_backup_is_made_is_known_to_the_run_that_goes_on(folder, monkeypatch, after):
+    def callbacks(after=-1):
+        often = ModelCheckpoint("often/{epoch}-{batch}.pt", "loss", save_top_k=2, save_freq=3, background=True)
+        return [often, BackupAndRestore("backup", save_freq=1), Die(after)]
+
+    write = checkpoint.write
+    monkeypatch.setattr("kerastorch.callbacks.checkpoint.write", lambda *args: (time.sleep(0.02), write(*args)))
+    folder("whole")
+    others = callbacks()
+    whole, expected = fit(others), files()
+    folder("died")
+    with pytest.raises(Killed):
+        fit(callbacks(after))
+    again = callbacks()
+    assert differences(state_of(fit(again), again), state_of(whole, others)) == [] and files() == expected
