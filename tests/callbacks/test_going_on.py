@@ -184,3 +184,22 @@ def test_what_a_thread_is_writing_when_a_backup_is_made_is_known_to_the_run_that
         fit(callbacks(after))
     again = callbacks()
     assert differences(state_of(fit(again), again), state_of(whole, others)) == [] and files() == expected
+
+
+@pytest.mark.parametrize("after", [3, 6, 14])
+def test_a_file_that_the_run_before_had_no_time_for_is_the_one_that_it_would_have_written(folder, after):
+    """It is written before the first batch, when the data is still to be opened."""
+
+    def callbacks(after=-1):
+        return [BackupAndRestore("backup", save_freq=1), Die(after), ModelCheckpoint("{epoch}-{batch}.pt", save_freq=1)]
+
+    whole = folder("whole")
+    fit(callbacks())
+    died = folder("died")
+    with pytest.raises(Killed):
+        fit(callbacks(after))
+    before = files()
+    fit(callbacks())
+    late = f"{(after - 1) // BATCHES + 1}-{(after - 1) % BATCHES + 1}.pt"
+    assert late not in before and late in files()
+    assert differences(*(dict(checkpoint.read(place / late)) for place in (died, whole))) == []
