@@ -156,6 +156,7 @@ class ModelCheckpoint(Monitoring):
         self._moment_of_last: list[int] | None = None  # optimizer steps, and samples of the epoch, in `last`
         self._task: _Task | None = None  # for the next safe point
         self._writing: _Task | None = None
+        self._leaving: str | None = None  # the file that goes once the one being written is safe
         self._thread = Background() if background else None
         self._is_paused = False
         self._said: set[Any] = set()  # kinds of errors
@@ -196,7 +197,9 @@ class ModelCheckpoint(Monitoring):
         self._before_dry_run = self.state_dict() if self.model.is_dry_run else None
         self._kept = {path: value for path, value in self._kept.items() if self._is_there(path)}
         if not self._is_loaded:
-            self._task, self._moment_of_last = None, None
+            self._task, self._moment_of_last, self._leaving = None, None, None
+        elif self._leaving is not None and self._leaving not in self._kept and self._is_there(self._leaving):
+            self._delete(self._leaving)  # what the run that this one goes on from had no time for
         self._is_running, self._is_checked, self._is_paused = True, False, False
         self._said = set()
         self._began = time.monotonic()
@@ -351,11 +354,12 @@ class ModelCheckpoint(Monitoring):
         self._wait()
         task, self._task = self._task, None
         task.undo = self._books()
-        loser = self._note(task)  # first: the file has it too
+        loser = self._leaving = self._note(task)  # first: the file has it too
         try:
             act = partial(self._carry_out, task, loser, self._books(), self._writer())
             if self._thread is None:
                 act()
+                self._leaving = None
             else:
                 self._thread.start(act)
                 self._writing = task
@@ -371,11 +375,12 @@ class ModelCheckpoint(Monitoring):
         except Exception as error:
             self._fail(self._writing, error)
         finally:
-            self._writing = None
+            self._writing = self._leaving = None
 
     def _fail(self, task: _Task, error: BaseException) -> None:
         """What could not be written is forgotten, and the error raised or, once of each kind, said."""
         self._enter(task.undo)
+        self._leaving = None
         if self.on_write_error == "raise" or not isinstance(error, OSError):
             raise error
         if error.errno not in self._said:
@@ -479,7 +484,7 @@ class ModelCheckpoint(Monitoring):
         self._wait()  # a run that goes on from here would neither know of this file nor come by its moment again
         due = self._task and [self._task.epoch, self._task.path, self._task.value, self._task.last]
         counts = {"batches": self._batches, "batch": self._batch, "is_due": self._is_due}
-        return super().state_dict() | self._books() | counts | {"due": due}
+        return super().state_dict() | self._books() | counts | {"due": due, "leaving": self._leaving}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state; files that are no longer there are forgotten when the run begins."""
@@ -490,6 +495,7 @@ class ModelCheckpoint(Monitoring):
         self._enter(state)
         self._batches, self._batch, self._is_due = state["batches"], state["batch"], state["is_due"]
         self._task = state["due"] and _Task(*state["due"])
+        self._leaving = state["leaving"]
 
     def _books(self) -> dict[str, Any]:
         """What there is on the disk, once all is written."""

@@ -203,3 +203,27 @@ def test_a_file_that_the_run_before_had_no_time_for_is_the_one_that_it_would_hav
     late = f"{(after - 1) // BATCHES + 1}-{(after - 1) % BATCHES + 1}.pt"
     assert late not in before and late in files()
     assert differences(*(dict(checkpoint.read(place / late)) for place in (died, whole))) == []
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
+@pytest.mark.parametrize("resume", [True, "2-3.pt"])
+def test_a_file_that_was_to_be_deleted_when_the_run_died_is_deleted_by_the_one_that_goes_on(
+    folder, monkeypatch, background, resume
+):
+    def callbacks():
+        return [ModelCheckpoint("{epoch}-{batch}.pt", "loss", save_top_k=2, save_freq=7, background=background)]
+
+    def die(self, path):
+        raise Killed
+
+    folder("whole")
+    others = callbacks()
+    whole, expected = fit(others), files()
+    folder("died")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ModelCheckpoint, "_delete", die)
+        fit(callbacks())
+    assert files() == ["1-7.pt", "2-10.pt", "2-3.pt"], "one too many"
+    again = callbacks()
+    model = fit(again, resume=resume)
+    assert differences(state_of(model, again), state_of(whole, others)) == [] and files() == expected
