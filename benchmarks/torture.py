@@ -52,6 +52,7 @@ BACKUP_EVERY, FILE_EVERY = 5, 14  # batches: within windows
 DURING_STARTS, DURING_WRITES = 0.1, 0.5  # which part of the kills
 LIMIT_S = 300  # of any process
 TEMPORARY = "*.tmp"
+BY_CHANCE = "leaving"  # in a state of ModelCheckpoint, a file still to be deleted, which a process may have done before
 
 
 # The training script.
@@ -378,11 +379,11 @@ def differences_of_folders(whole: Path, other: Path) -> list[str]:
 
 
 def plain_paths(value: Any, folder: Path) -> Any:
-    """Nested data with paths as seen from a folder: callbacks keep the paths of their files."""
+    """Nested data with paths as seen from a folder, which callbacks keep, without what is a matter of chance."""
     if isinstance(value, str):
         return value.replace(str(folder), "")
     if isinstance(value, dict):
-        return {plain_paths(key, folder): plain_paths(one, folder) for key, one in value.items()}
+        return {plain_paths(key, folder): plain_paths(one, folder) for key, one in value.items() if key != BY_CHANCE}
     return [plain_paths(one, folder) for one in value] if isinstance(value, (list, tuple)) else value
 
 
