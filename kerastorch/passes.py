@@ -83,6 +83,8 @@ class Passes:
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is; the data's own state where it has one."""
+        if self._saved is not None:  # a callback saves before the run that goes on has opened its data
+            return dict(self._saved[0])
         running = (
             self._running if self.position.batch or self.taken.goes_on else None
         )  # else the next pass is a new one

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: beside their place, on the disk, read back from it, and only then there.
 
-What is in them, and how one tells that it is whole, others decide.
+What is in them, and how one tells that it is whole, others decide. What a writer leaves that is killed meanwhile, the
+next writer of the same file removes.
 """
 
 from __future__ import annotations
@@ -8,15 +9,19 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import platform
 import re
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 CHUNK_BYTES = 1 << 20
+UNTOUCHED_S = 24 * 3600.0  # no writer is so slow
+TEMPORARY = re.compile(r"\.[0-9a-f]{12}-([0-9a-f]{12})-(\d+)-[0-9a-f]{8}\.tmp")  # what is written, where, and by whom
 NO_FLUSHING = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # of file systems that know no fsync of a folder
 
 
@@ -36,9 +41,10 @@ def replacing(path: str | os.PathLike, is_whole: Callable[[Path], bool] | None =
     if target.exists() and not target.is_file():
         raise OSError(errno.EINVAL, f"{str(path)!r} is a device or a pipe, and not to be replaced. Give another path.")
     before = sys.exc_info()[1]
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = _temporary(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)  # first: they take up room
         try:
             yield temporary
             _flush(temporary)
@@ -98,6 +104,44 @@ def hexdigest_of(file: BinaryIO, count: int, then: bytes = b"") -> str:
         count -= size
     digest.update(then)
     return digest.hexdigest()
+
+
+def _temporary(target: Path) -> Path:
+    """A name beside a file that nobody else has, and that says what is written, and by whom."""
+    return target.with_name(f"{_mark(target)}-{_place()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes what those have begun to write to a file who are no more."""
+    for path in target.parent.glob(f"{_mark(target)}-*.tmp"):
+        with suppress(OSError):  # somebody else's, or removed meanwhile: what is to be written can be all the same
+            if _is_left(path):
+                path.unlink()
+
+
+def _is_left(temporary: Path) -> bool:
+    """Whether its writer is dead: a process of this place that is gone, or one anywhere that has long done nothing."""
+    import psutil
+
+    name = TEMPORARY.fullmatch(temporary.name)
+    if name is None:
+        return False
+    if name[1] == _place() and not psutil.pid_exists(int(name[2])):
+        return True
+    status = temporary.stat()
+    return time.time() - max(status.st_mtime, status.st_ctime) > UNTOUCHED_S
+
+
+def _mark(target: Path) -> str:
+    return "." + hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]
+
+
+def _place() -> str:
+    """Where numbers of processes can be compared: a machine since it was started or, in a container, that alone."""
+    known = [platform.node()]
+    with suppress(OSError):  # elsewhere than in Linux
+        known += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256(" ".join(known).encode()).hexdigest()[:12]
 
 
 def _flush(path: Path) -> None:

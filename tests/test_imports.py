@@ -103,7 +103,7 @@ BELOW = {
     },
     "callbacks.debugging": {"callbacks.base", "debugging", "structures"},
     "callbacks.functions": {"callbacks.base"},
-    "callbacks.loggers": {"callbacks.base", "callbacks.files"},
+    "callbacks.loggers": {"callbacks.base", "callbacks.files", "writing"},
     "callbacks.measuring": {"callbacks.base", "durations"},
     "callbacks.monitoring": {"callbacks.base", "directions"},
     "callbacks.predictions": {"callbacks.base", "callbacks.files"},

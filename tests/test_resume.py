@@ -147,6 +147,23 @@ def test_a_stream_that_is_over_is_not_gone_through_again(tmp_path, options):
     assert resumed.history == history.history
 
 
+@pytest.mark.parametrize(("freq", "at"), [("epoch", 105), (1, 105), (3, 230)])
+def test_means_in_float64_have_the_same_last_bit(tmp_path, freq, at):
+    """Where the first batch of a process was added up by itself, they had not."""
+
+    def fit(*callbacks):
+        kt.set_seed(3)
+        model = kt.Model(nn.Linear(6, 1), backend="cpu").compile("adamw", "mse", metrics=["mae"], precision="64")
+        x, y = torch.cat([X] * 10).double(), torch.cat([Y] * 10).double()
+        data = {"validation_data": (x[:200], y[:200]), "validation_batch_size": 5, "batch_size": 5}
+        return model.fit(x, y, epochs=3, callbacks=callbacks, verbose=0, **data).history
+
+    whole = fit()
+    with pytest.raises(Killed):
+        fit(Die(at), BackupAndRestore(tmp_path, save_freq=freq))
+    assert fit(BackupAndRestore(tmp_path, save_freq=freq)) == whole
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samples_before_the_place_are_not_loaded(tmp_path, workers):
     class Counting(Augmented):

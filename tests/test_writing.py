@@ -7,8 +7,12 @@ import hashlib
 import io
 import os
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -182,3 +186,88 @@ def test_the_digest_of_the_first_bytes_of_a_file(count):
     assert writing.hexdigest_of(file, count + 99) == hashlib.sha256(data).hexdigest(), (
         "to its end, if that comes before"
     )
+
+
+# What writers leave that are killed.
+
+
+def leaves(path, then="os.kill(os.getpid(), 9)"):
+    """A process that is about to put a file into its place, and then does something."""
+    code = f"import os, sys; from kerastorch.writing import replacing\nwith replacing({str(path)!r}) as temporary:\n"
+    code += f" temporary.write_bytes(b'half')\n print(temporary, flush=True)\n {then}"
+    environment = os.environ | {"PYTHONPATH": str(Path(writing.__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, env=environment
+    )
+    left = Path(process.stdout.readline().decode().strip())
+    return process, left
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_killed_writer_leaves_the_next_one_of_the_same_file_removes(tmp_path, name):
+    process, left = leaves(tmp_path / name)
+    with process:
+        assert process.wait(60) == -signal.SIGKILL and os.listdir(tmp_path) == [left.name]
+    KINDS[name][0](tmp_path / ("another-" + name), NEW)
+    assert left.exists()
+    KINDS[name][0](tmp_path / name, NEW)
+    assert sorted(os.listdir(tmp_path)) == [name, "another-" + name]
+
+
+def test_what_a_writer_has_begun_that_lives_stays(tmp_path):
+    """Of this process, too: another thread may write."""
+    process, other = leaves(tmp_path / "a.pt", then="sys.stdin.read()")
+    with process, writing.replacing(tmp_path / "a.pt") as own:
+        own.write_bytes(b"own")
+        checkpoint.write(tmp_path / "a.pt", NEW)
+        assert other.read_bytes() == b"half" and own.read_bytes() == b"own"
+        process.stdin.close()
+        assert process.wait(60) == 0 and (tmp_path / "a.pt").read_bytes() == b"half"
+    assert (tmp_path / "a.pt").read_bytes() == b"own" and os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_what_was_begun_elsewhere_goes_once_nobody_can_be_at_it(tmp_path, monkeypatch):
+    """On another machine or in another container, where a process of that number may live."""
+    process, left = leaves(tmp_path / "a.pt")
+    with process:
+        process.wait(60)
+    elsewhere = left.with_name("-".join([left.name.split("-")[0], "0" * 12, *left.name.split("-")[2:]]))
+    left.rename(elsewhere)
+    checkpoint.write(tmp_path / "a.pt", NEW)
+    assert elsewhere.exists()
+    os.utime(elsewhere, (1, 1))  # a link to an old file is as old as that: it is its name that is new
+    checkpoint.write(tmp_path / "a.pt", NEW)
+    assert elsewhere.exists()
+    later = time.time() + writing.UNTOUCHED_S + 5
+    monkeypatch.setattr(time, "time", lambda: later)
+    checkpoint.write(tmp_path / "a.pt", NEW)
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_names_that_only_look_alike_are_nobodys_leftovers(tmp_path, monkeypatch):
+    with writing.replacing(tmp_path / "a.pt") as temporary:
+        temporary.touch()
+        mark = temporary.name.split("-")[0]
+    names = [f"{mark}-x-y-z.tmp", f"{mark}.tmp", f"{mark}-1-2.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    later = time.time() + writing.UNTOUCHED_S + 5
+    monkeypatch.setattr(time, "time", lambda: later)
+    checkpoint.write(tmp_path / "a.pt", NEW)
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "a.pt"])
+
+
+def test_a_leftover_that_cannot_be_removed_hinders_nobody(tmp_path, monkeypatch):
+    process, left = leaves(tmp_path / "a.pt")
+    with process:
+        process.wait(60)
+    unlink = Path.unlink
+
+    def refusing(path, missing_ok=False):
+        if path == left:
+            raise PermissionError(errno.EPERM, "not yours")
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refusing)
+    checkpoint.write(tmp_path / "a.pt", NEW)
+    assert torch.equal(checkpoint.read(tmp_path / "a.pt")["a"], NEW["a"]) and left.exists()

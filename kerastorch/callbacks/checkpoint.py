@@ -84,7 +84,8 @@ class ModelCheckpoint(Monitoring):
         on_exception: Whether to save to `exception`, beside `last`, when an error ends the run: for a look at it. What
             goes on from there is not exact. Default: `False`.
         background: Whether files are written by a thread while training goes on, from a copy in the CPU's memory. One
-            at a time is: the next one waits for it, and so does the end of the run. Default: `False`.
+            at a time is: the next one waits for it, and so does the end of the run, and another callback that saves all
+            of the state. Default: `False`.
         on_write_error: What follows when the system refuses to write a file, as a full disk does: `"raise"`, or
             `"warn"` = it is said, once of each kind, training goes on, and the next file is tried again. Files that are
             there stay. With `background` it is seen when the next file is due, or the epoch ends. Default: `"raise"`.
@@ -151,6 +152,7 @@ class ModelCheckpoint(Monitoring):
         self._moment_of_last: list[int] | None = None  # optimizer steps, and samples of the epoch, in `last`
         self._task: _Task | None = None  # for the next safe point
         self._writing: _Task | None = None
+        self._leaving: str | None = None  # the file that goes once the one being written is safe
         self._thread = Background() if background else None
         self._is_paused = False
         if self._saves_epochs and type(self).on_train_batch_end is ModelCheckpoint.on_train_batch_end:
@@ -190,7 +192,9 @@ class ModelCheckpoint(Monitoring):
         self._before_dry_run = self.state_dict() if self.model.is_dry_run else None
         self._kept = {path: value for path, value in self._kept.items() if self._is_there(path)}
         if not self._is_loaded:
-            self._task, self._moment_of_last = None, None
+            self._task, self._moment_of_last, self._leaving = None, None, None
+        elif self._leaving is not None and self._leaving not in self._kept and self._is_there(self._leaving):
+            self._delete(self._leaving)  # what the run that this one goes on from had no time for
         self._is_running, self._is_checked, self._is_paused = True, False, False
         self._errors.reset()
         self._began = time.monotonic()
@@ -345,11 +349,12 @@ class ModelCheckpoint(Monitoring):
         self._wait()
         task, self._task = self._task, None
         task.undo = self._books()
-        loser = self._note(task)  # first: the file has it too
+        loser = self._leaving = self._note(task)  # first: the file has it too
         try:
             act = partial(self._carry_out, task, loser, self._books(), self._writer())
             if self._thread is None:
                 act()
+                self._leaving = None
             else:
                 self._thread.start(act)
                 self._writing = task
@@ -365,11 +370,12 @@ class ModelCheckpoint(Monitoring):
         except Exception as error:
             self._fail(self._writing, error)
         finally:
-            self._writing = None
+            self._writing = self._leaving = None
 
     def _fail(self, task: _Task, error: BaseException) -> None:
         """What could not be written is forgotten, and the error raised or, once of each kind, said."""
         self._enter(task.undo)
+        self._leaving = None
         self._errors.take(error)
 
     def _note(self, task: _Task) -> str | None:
@@ -465,10 +471,10 @@ class ModelCheckpoint(Monitoring):
 
     def state_dict(self) -> dict[str, Any]:
         """The best value, the files that are kept with their values, and what is still to be written."""
-        books = self._books() if self._writing is None else self._writing.undo
+        self._wait()  # a run that goes on from here would neither know of this file nor come by its moment again
         due = self._task and [self._task.epoch, self._task.path, self._task.value, self._task.last]
         counts = {"batches": self._batches, "batch": self._batch, "is_due": self._is_due}
-        return super().state_dict() | books | counts | {"due": due}
+        return super().state_dict() | self._books() | counts | {"due": due, "leaving": self._leaving}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state; files that are no longer there are forgotten when the run begins."""
@@ -479,6 +485,7 @@ class ModelCheckpoint(Monitoring):
         self._enter(state)
         self._batches, self._batch, self._is_due = state["batches"], state["batch"], state["is_due"]
         self._task = state["due"] and _Task(*state["due"])
+        self._leaving = state["leaving"]
 
     def _books(self) -> dict[str, Any]:
         """What there is on the disk, once all is written."""

@@ -13,8 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, MutableMapping
 from importlib.util import find_spec
 from itertools import takewhile
 from numbers import Integral, Real
@@ -23,6 +22,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
+from ..writing import replacing
 from .base import Callback
 from .files import make_folder
 
@@ -154,9 +154,13 @@ class CSVLogger(Callback):
             return file.read() != b"\n"
 
     def _replace(self, rows: list[list[Any]]) -> None:
-        with _replacing(self._path) as file:
-            width = len(self._columns)
-            self._write(file, [self._columns, *(row + [MISSING] * (width - len(row)) for row in rows)])
+        width = len(self._columns)
+        lines = [self._columns, *(row + [MISSING] * (width - len(row)) for row in rows)]
+        with replacing(self._path) as temporary:
+            with open(temporary, "x", newline="", encoding="utf-8") as file:
+                self._write(file, lines)
+            if self._path.exists():
+                shutil.copymode(self._path, temporary)
 
     def _write(self, file: TextIO, rows: list[list[Any]]) -> None:
         csv.writer(file, delimiter=self.separator).writerows(rows)
@@ -169,22 +173,6 @@ def _cell(value: Any) -> Any:
     if isinstance(value, str) or not isinstance(value, Iterable) or getattr(value, "ndim", None) == 0:
         return value
     return f'"[{", ".join(map(str, value))}]"'
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    """A text file that takes the place of `path` once it is complete; where that fails, `path` stays as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # else, after a power failure, the name may be there before the text
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Logger(Callback):

@@ -575,7 +575,7 @@ def test_a_file_has_the_state_that_counts_it_in(fit, tmp_path):
     saving = ModelCheckpoint(tmp_path / "{epoch}.pt", save_top_k=1)
     fit(saving, values=[2, 1])
     states = dict(state for state in checkpoint.read(tmp_path / "2.pt")["callbacks"] if state[0] == "ModelCheckpoint")
-    assert states["ModelCheckpoint"] == saving.state_dict()
+    assert states["ModelCheckpoint"] == saving.state_dict() | {"leaving": str(tmp_path / "1.pt")}
     assert states["ModelCheckpoint"]["kept"] == [[str(tmp_path / "2.pt"), 1.0]]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -317,3 +318,64 @@ def test_weights_alone_are_nothing_to_go_on_from(folder):
     callbacks = [ModelCheckpoint("{epoch}.safetensors", save_weights_only=True, save_last=True)]
     fit(callbacks)
     assert len(files()) == EPOCHS + 1 and callbacks[0].saved_files() == []
+
+
+@pytest.mark.parametrize("after", [7, 14, 26])
+def test_what_a_thread_is_writing_when_a_backup_is_made_is_known_to_the_run_that_goes_on(folder, monkeypatch, after):
+    def callbacks(after=-1):
+        often = ModelCheckpoint("often/{epoch}-{batch}.pt", "loss", save_top_k=2, save_freq=3, background=True)
+        return [often, BackupAndRestore("backup", save_freq=1), Die(after)]
+
+    write = checkpoint.write
+    monkeypatch.setattr("kerastorch.callbacks.checkpoint.write", lambda *args: (time.sleep(0.02), write(*args)))
+    folder("whole")
+    others = callbacks()
+    whole, expected = fit(others), files()
+    folder("died")
+    with pytest.raises(Killed):
+        fit(callbacks(after))
+    again = callbacks()
+    assert differences(state_of(fit(again), again), state_of(whole, others)) == [] and files() == expected
+
+
+@pytest.mark.parametrize("after", [3, 6, 14])
+def test_a_file_that_the_run_before_had_no_time_for_is_the_one_that_it_would_have_written(folder, after):
+    """It is written before the first batch, when the data is still to be opened."""
+
+    def callbacks(after=-1):
+        return [BackupAndRestore("backup", save_freq=1), Die(after), ModelCheckpoint("{epoch}-{batch}.pt", save_freq=1)]
+
+    whole = folder("whole")
+    fit(callbacks())
+    died = folder("died")
+    with pytest.raises(Killed):
+        fit(callbacks(after))
+    before = files()
+    fit(callbacks())
+    late = f"{(after - 1) // BATCHES + 1}-{(after - 1) % BATCHES + 1}.pt"
+    assert late not in before and late in files()
+    assert differences(*(dict(checkpoint.read(place / late)) for place in (died, whole))) == []
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
+@pytest.mark.parametrize("resume", [True, "2-3.pt"])
+def test_a_file_that_was_to_be_deleted_when_the_run_died_is_deleted_by_the_one_that_goes_on(
+    folder, monkeypatch, background, resume
+):
+    def callbacks():
+        return [ModelCheckpoint("{epoch}-{batch}.pt", "loss", save_top_k=2, save_freq=7, background=background)]
+
+    def die(self, path):
+        raise Killed
+
+    folder("whole")
+    others = callbacks()
+    whole, expected = fit(others), files()
+    folder("died")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ModelCheckpoint, "_delete", die)
+        fit(callbacks())
+    assert files() == ["1-7.pt", "2-10.pt", "2-3.pt"], "one too many"
+    again = callbacks()
+    model = fit(again, resume=resume)
+    assert differences(state_of(model, again), state_of(whole, others)) == [] and files() == expected
