@@ -137,7 +137,7 @@ def _text_of_memory(error: BaseException, place: Place) -> str:
 
 def _advice(place: Place) -> str:
     if place.phase == "prediction":
-        return "Give predict a smaller batch_size; a PredictionWriter keeps outputs out of memory."
+        return "Give predict a smaller batch_size; kt.callbacks.Predictions keeps outputs on the disk."
     if place.phase == "evaluation":
         smaller = "evaluate a smaller batch_size" if place.epoch is None else "fit a smaller validation_batch_size"
         return f"Give {smaller}, or the loader that it reads from."

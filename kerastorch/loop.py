@@ -339,9 +339,8 @@ def announced_errors(hooks: SimpleNamespace) -> Iterator[None]:
         try:
             raise told from error
         finally:
-            del (
-                told
-            )  # else it and this frame, in its traceback, keep each other alive: and with them the data's workers
+            # Else it and this frame, in its traceback, keep each other alive, and with them the data's workers.
+            del told
 
 
 def _name_callback(error: BaseException, hooks: SimpleNamespace) -> bool:

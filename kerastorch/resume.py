@@ -64,7 +64,7 @@ class Run:
             "steps": {name: update.steps for name, update in training.updates.items()},
             "rates": dict(training.rates),
             "is_scale_due": training.is_scale_due,
-            "unproven": [tracker._is_unproven for tracker in self._trackers],
+            "unproven": [tracker.is_unproven for tracker in self._trackers],
             "within_epoch": self._within_epoch() if position.batch else None,
         }
 
@@ -117,7 +117,7 @@ class Run:
         training.steps = max(run["steps"].values(), default=0)
         # A batch that is measured to prove that it can be is added up by itself: sums would be rounded otherwise.
         for tracker, is_unproven in zip(self._trackers, run.get("unproven", []), strict=False):
-            tracker._is_unproven = is_unproven
+            tracker.is_unproven = is_unproven
         if run["within_epoch"] is not None:
             self._go_on_within_epoch(run["within_epoch"])
         self.passes.load_state_dict(run["data"], run["random"])

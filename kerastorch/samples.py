@@ -7,11 +7,13 @@ random numbers that it draws are the same.
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import random
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -194,22 +196,38 @@ class _WorkerStart:
     """What a worker begins with: signals sent to all processes of a run are for the main one to act on."""
 
     def __init__(self, own: Callable[[int], None] | None) -> None:
-        self.own = own
+        self.own, self.is_over = own, _end_of(os.getpid())
 
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if hasattr(signal, "SIGUSR1"):
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _ignore_once)
+        signal.signal(signal.SIGTERM, self._end_if_meant)
         info = get_worker_info()
         object.__setattr__(info, "dataset", info.dataset.dataset)  # the user's, for whoever asks
         if self.own is not None:
             self.own(worker)
 
+    def _end_if_meant(self, number: int, frame: Any) -> None:
+        """One SIGTERM may have gone to all processes of the run. What ends a loader or its process sends one, too."""
+        if self.is_over.value or _is_of_closed_loader(frame):
+            os._exit(0)  # as torch has it: else its owner is told of a failure
+        signal.signal(number, signal.SIG_DFL)
 
-def _ignore_once(number: int, frame: Any) -> None:
-    """The first SIGTERM may have gone to all processes; with the second somebody means this one."""
-    signal.signal(number, lambda number, frame: os._exit(1))
+
+@cache
+def _end_of(process: int) -> Any:
+    """Shared with the workers of a process: 1 once it ends, before it sends them SIGTERM and waits for them."""
+    flag = multiprocessing.RawValue("b", 0)
+    multiprocessing.util.Finalize(None, setattr, (flag, "value", 1), exitpriority=0)
+    return flag
+
+
+def _is_of_closed_loader(frame: Any) -> bool:
+    """Whether the loader of this worker has told it to end: what waits then, and gets SIGTERM, is stuck."""
+    while frame is not None and frame.f_code.co_name != "_worker_loop":
+        frame = frame.f_back
+    return frame is not None and frame.f_locals["done_event"].is_set()
 
 
 def positioned(order: Iterable[Any], start: int) -> Iterable[Any]:

@@ -62,7 +62,7 @@ class Tracker:
 
     def expect(self) -> None:
         """Measures the next batch at once, so that a metric that does not fit the data fails before any training."""
-        self._is_unproven = True
+        self.is_unproven = True
 
     def reset(self) -> None:
         """Forgets everything: a new epoch begins."""
@@ -101,9 +101,9 @@ class Tracker:
             for name, term in terms.items():
                 self.log(name, term, samples)
         self._pending.append((loss.detach(), output, target, weight if self._has_weighted else None))
-        if len(self._pending) >= self._capacity or self._is_unproven:
+        if len(self._pending) >= self._capacity or self.is_unproven:
             self._flush()
-            self._is_unproven = False
+            self.is_unproven = False
 
     def values_of(self, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss just computed, or its parts stacked where there are several; and the module's own terms."""
@@ -168,7 +168,7 @@ class Tracker:
         self.samples, self.logged = state["samples"], state["logged"]
         for (_, metric), saved in zip(self.stateful, state["stateful"], strict=True):
             metric.load_state_dict(saved, device)
-        self._is_unproven = self._is_unproven and not self.has_batches  # else sums would be of other portions
+        self.is_unproven = self.is_unproven and not self.has_batches  # else sums would be of other portions
 
     @torch.no_grad()
     def _flush(self) -> None:
