@@ -662,7 +662,7 @@ class Model:
             OSError: there is no such file.
         """
         saved = checkpoint.read(path)
-        if saved["optimizers"]:
+        if saved.get("optimizers"):
             self._refuse_uncompiled("load")
         restore(self, saved, repr(str(path)))
         return self

@@ -16,7 +16,7 @@ from .checkpoint import read
 from .passes import Passes
 from .position import Position
 from .seeding import Generator, random_state, set_random_state
-from .state import refuse_unlike, restore, restore_callbacks
+from .state import refuse_incomplete, refuse_unlike, restore, restore_callbacks
 from .step import Recipe, open_windows
 
 
@@ -184,6 +184,7 @@ def find_saved(resume: Any, callbacks: Sequence[Any], run: Run) -> tuple[dict[st
     """
     saved = _found(resume, callbacks)
     if saved is not None:
+        refuse_incomplete(*saved)
         run.refuse_other(*saved)
         restore_callbacks(callbacks, saved[0])
     return saved
