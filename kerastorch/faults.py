@@ -76,6 +76,7 @@ def explained(error: BaseException, in_callback: bool) -> BaseException:
     Returns:
         The error itself where it is of neither kind, or says so already; else one to raise from it.
     """
+    _untangle(error)
     place = _place_of(error)
     if place is None:
         return error
@@ -86,6 +87,16 @@ def explained(error: BaseException, in_callback: bool) -> BaseException:
     if is_out_of_memory(error) and not is_told:
         return _again(error, _text_of_memory(error, place))
     return error
+
+
+def _untangle(error: BaseException) -> None:
+    """Lets go of the error what torch keeps of it in its own traceback, where an error of a worker is raised again.
+
+    Such a circle is found late, and in whatever order: torch then waits five seconds for each of the data's workers.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == ("torch._utils", "reraise"):
+            frame.clear()
 
 
 # Where it was.

@@ -334,9 +334,9 @@ def announced_errors(hooks: SimpleNamespace) -> Iterator[None]:
                 hook(told)
             except Exception as another:  # those behind it still have files to close
                 warnings.warn(f"{_title('on_exception', hook)} failed too, with {another!r}.", stacklevel=4)
-        if told is error:
-            raise
         try:
+            if told is error:
+                raise
             raise told from error
         finally:
             # Else it and this frame, in its traceback, keep each other alive, and with them the data's workers.

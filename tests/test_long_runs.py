@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import threading
 import weakref
@@ -39,6 +40,11 @@ def census():
     }
 
 
+def grown(found):
+    """What there is more of in a later count; fewer, for what other tests left may go at any time."""
+    return [name for one, later in itertools.pairwise(found) for name in one if later[name] > one[name]]
+
+
 def test_steps_leave_nothing():
     found = []
 
@@ -62,7 +68,7 @@ def test_steps_leave_nothing():
         callbacks=callbacks,
         verbose=0,
     )
-    assert len(found) == 3 and found[0] == found[1] == found[2]
+    assert len(found) == 3 and not grown(found)
 
 
 def test_calls_leave_nothing(tmp_path):
@@ -80,7 +86,7 @@ def test_calls_leave_nothing(tmp_path):
         model.predict(X, verbose=0)
         if number in (5, 20, 40):
             found.append(census())
-    assert found[0] == found[1] == found[2]
+    assert not grown(found)
 
 
 @pytest.mark.parametrize("persistent", [False, True])
