@@ -226,6 +226,8 @@ def snapshot(state: Mapping[str, Any]) -> dict[str, Any]:
     streams = {}
 
     def copied(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:  # a shape alone
+            return tensor.detach()
         is_odd = tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg()  # more than what its memory says
         if is_odd or tensor.device.type not in ("cpu", "cuda"):
             return tensor.detach().to("cpu", copy=True)

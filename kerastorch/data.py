@@ -347,12 +347,21 @@ def _mapped(read: Callable[[Any], Batch], batches: Callable, number: int, start:
 def _way_back(data: Any) -> dict[str, Any]:
     """How a run that goes on finds its place in data without numbers: by its own state, or by reading it again."""
     if hasattr(data, "state_dict") and hasattr(data, "load_state_dict"):
-        return {"own": data}
+        return {"own": data, "caveat": _caveat_of_workers(data)}
     what = (
-        f"a {type(data).__name__} has neither numbered samples nor a state_dict: a run that goes on within a pass "
-        f"reads it again up to there, and is exact only if it gives the same batches again"
+        f"data of type {type(data).__name__} has neither numbered samples nor a state_dict: a run that goes on within "
+        f"a pass reads it again up to there, and is exact only if it gives the same batches again"
     )
     return {"caveat": what}
+
+
+def _caveat_of_workers(data: Any) -> str | None:
+    if not getattr(data, "num_workers", 0):
+        return None
+    return (
+        f"the state of a {type(data).__name__} has no random numbers of its workers: a run that goes on within a pass "
+        f"is exact only if samples draw none. Those of torch's own DataLoader are seeded one by one"
+    )
 
 
 def _see_through(
@@ -434,7 +443,11 @@ def _open_callable(make: Callable[[], Any], reading: Reading) -> Data:
     def batches(number: int, start: int = 0) -> Iterator[Batch]:
         return open_data(make(), None, None, reading).batches(number, start)
 
-    return Data(batches, draws=True)
+    what = (
+        "a callable makes its data anew: a run that goes on within a pass calls it again, and is exact only if it "
+        "gives the same batches again"
+    )
+    return Data(batches, draws=True, caveat=what)
 
 
 def _reader(reading: Reading, keeps_targets: bool = False) -> Callable[[Any], Batch]:

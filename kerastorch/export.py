@@ -262,7 +262,9 @@ def _reason(error: BaseException) -> str:
 
 def _write_torch(program: torch.export.ExportedProgram, path: Path, output: Any, dynamic_batch: bool) -> None:
     with open(path, "xb") as file:
-        torch.export.save(program, file)
+        memory = io.BytesIO()  # torch's own writer ends the process where the disk is full
+        torch.export.save(program, memory)
+        file.write(memory.getbuffer())
 
 
 def _load_torch(path: Path) -> Program:

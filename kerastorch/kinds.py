@@ -121,6 +121,7 @@ def damaged(path: str | os.PathLike, why: Exception | str) -> str:
 
 def _lightning(path: str | os.PathLike) -> str:
     return (
-        f"{str(path)!r} is a checkpoint of Lightning. If you trust it, call model.module.load_state_dict(torch.load("
-        f"{str(path)!r}, weights_only=False)['state_dict']); names there may begin with the name of an attribute."
+        f"{str(path)!r} is a checkpoint of Lightning. Its names begin with the attribute that held the module, such as "
+        f"'net.': call model.module.load_state_dict({{name.removeprefix('net.'): value for name, value in torch.load("
+        f"{str(path)!r}, weights_only=True)['state_dict'].items()}})."
     )

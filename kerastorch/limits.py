@@ -101,6 +101,19 @@ class Ending:
         """A signal came."""
         self.interrupted_by, self.is_near = self.interrupted_by or by, True
 
+    def break_off(self) -> None:
+        """An interruption came in the middle of a step: what was to be saved could not be gone on from."""
+        self.interrupt()
+        self.is_announced, self.history.stopped_by = True, self.interrupted_by
+        self.position.waiting.clear()
+
+    def is_over_before(self, epoch: int) -> bool:
+        """Whether an epoch shall not begin; one that an earlier run has begun comes to its end, if no signal came."""
+        self.epochs_done = epoch
+        is_gone_on = bool(self.position.batch or self.history.epoch)  # by a run whose end may have been asked for
+        is_asked = self.is_near or (is_gone_on and self.model.stop_training)
+        return is_asked and self.is_over() and (self.position.batch == 0 or self.is_interrupted)
+
     def is_over(self) -> bool:
         """Whether no other batch may follow; callbacks hear of it once, while what they save can be gone on from."""
         if self.is_due() and not self.is_announced:

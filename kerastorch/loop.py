@@ -101,15 +101,15 @@ def fit(
             if validation is not None:
                 validation.go_on(position.epoch)
         for epoch in limits.numbers(position.epoch):
-            if ending.is_near and ending.is_over():
+            if ending.is_over_before(epoch):
                 break
-            model.stop_epoch, ending.epochs_done = False, epoch
+            model.stop_epoch = False
             for hook in hooks.on_epoch_begin:
                 hook(epoch, {})
             if position.batch == 0:
                 open_windows(training, epoch)
                 training.tracker.reset()
-            batches = () if model.stop_epoch else epoch_batches()
+            batches = () if model.stop_epoch or ending.reason is not None else epoch_batches()
             train_epoch(model, training, step, batches, ending, validation)
             if position.batch == 0 and not model.stop_epoch:
                 if not ending.is_due():
@@ -135,6 +135,8 @@ def fit(
         history.stopped_by = ending.reason
         for hook in hooks.on_train_end:
             hook(logs)
+        position.reach_safe_point()
+        history.stopped_by = history.stopped_by or ending.interrupted_by  # by a signal that came meanwhile
     return history
 
 
@@ -168,8 +170,7 @@ def train_epoch(
     except KeyboardInterrupt:
         if ending.is_interrupted:  # the second one: at once
             raise
-        ending.interrupt()
-        ending.is_announced = True  # it came in the middle of a step: no safe point
+        ending.break_off()
     if ending.is_near or model.stop_training:
         ending.is_over()
     close_windows(training)
@@ -306,7 +307,7 @@ def _stoppable(ending: Ending) -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         name = signal.Signals(number).name
-        if name == "SIGINT" and ending.interrupted_by == "interrupt":
+        if name == "SIGINT" and ending.is_interrupted:
             raise KeyboardInterrupt
         ending.interrupt("interrupt" if name == "SIGINT" else name)
 

@@ -50,6 +50,7 @@ from .patterns import norms_inside, parameters_of
 from .position import Position
 from .precision import scaled_backward
 from .resume import Run, find_saved
+from .samples import generators_in
 from .seeding import random_state_kept
 from .state import refuse_unlike, reshaped_of, restore, state_of
 from .step import (
@@ -321,9 +322,9 @@ class Model:
             dry_run: `True` or a number of batches: one epoch of so many, the validation, all callbacks and saving and
                 loading are tried; the model is afterwards as it was, and no file is left.
             resume: File to go on from, as `save` or a `ModelCheckpoint` wrote it; `True` = the newest of the files of
-                this run's `ModelCheckpoint` or `BackupAndRestore`, where there is one. The run ends as if it had never
-                ended, bit for bit on the CPU, from within an epoch too. Give all else as the run was given that was
-                saved; `epochs` may be more.
+                this run's `ModelCheckpoint` or `BackupAndRestore` by their time, where there is one; `None` = that of
+                a `BackupAndRestore` alone; `False` = none. The run ends as if it had never ended, bit for bit on the
+                CPU, from within an epoch too. Give all else as the run was given that was saved; `epochs` may be more.
             verbose: 0 = silent, 1 = a live line, 2 = a line for each epoch, `"auto"` = 1 on a terminal, else 2.
         Returns:
             The `History`, also in `model.history`.
@@ -1057,11 +1058,16 @@ class Model:
         self, training: Recipe, step: Any, opened: Data, taken: limits.Portion, validated: Data | None, epoch: int
     ) -> Run:
         """What another run needs to know of this one; until it ends, what is saved has it too."""
+        if self._live_run is not None:
+            raise RuntimeError(
+                "fit was called by a callback while the same model trains. Train another, or call it later."
+            )
         position = Position(epoch)
         feed = self._batches if opened.own is None else partial(self._batches, ahead=False)
         looks_ahead = self.backend.looks_ahead and opened.own is None
         passes = Passes(opened, taken, position, lambda: self.epochs_trained, feed, looks_ahead)
-        generators = opened.generators + (() if validated is None else validated.generators)
+        own = [one for part in self.module.modules() for one in generators_in(part, depth=1)]
+        generators = [*opened.generators, *(() if validated is None else validated.generators), *own]
         self._live_run = Run(self, training, step, position, passes, generators)
         return self._live_run
 

@@ -104,7 +104,8 @@ class Run:
         model, position, training = self.model, self.position, self.training
         history, run = model.history, saved["run"]
         restore(model, saved, source)
-        history.go_on_from(model.history)
+        if model.history is not None:
+            history.go_on_from(model.history)
         model.history = history
         if run is None:  # of a model that was saved outside of a run
             position.epoch = history.epoch[-1] + 1 if history.epoch else position.epoch
@@ -129,7 +130,7 @@ class Run:
         return {
             "tracker": self.training.tracker.state_dict(),
             "window": None if window is None else window.state_dict(),
-            "parked": {name: one.parked.state_dict() for name, one in self._parked().items()},
+            "parked": {name: one.state_dict() for name, one in self._parked().items()},
             "gradients": {name: one.grad for name, one in module.named_parameters() if one.grad is not None},
             "size": self.training.size_of(self.position.epoch),
             "step": self.step.state_dict() if hasattr(self.step, "state_dict") else None,
@@ -175,7 +176,8 @@ def find_saved(resume: Any, callbacks: Sequence[Any], run: Run) -> tuple[dict[st
     The callbacks have their part of it then.
 
     Args:
-        resume: A path; `True` = the newest of the files of callbacks; `None` = the newest of those that are backups.
+        resume: A path; `True` = the newest of the files of callbacks; `None` = the newest of those that are backups;
+            `False` = none.
         run: The run that is to go on.
         callbacks: Those with `backups()` are always asked, those with `saved_files()` where `resume` is `True`.
     Raises:
@@ -193,8 +195,12 @@ def find_saved(resume: Any, callbacks: Sequence[Any], run: Run) -> tuple[dict[st
 def _found(resume: Any, callbacks: Sequence[Any]) -> tuple[dict[str, Any], str] | None:
     if isinstance(resume, (str, os.PathLike)):
         return read(resume), repr(str(resume))
-    if resume not in (None, True, False):
-        raise TypeError(f"resume={resume!r} is a {type(resume).__name__}, expected the path of a file, True or None.")
+    if resume is False:
+        return None
+    if resume is not None and resume is not True:
+        raise TypeError(
+            f"resume={resume!r} is a {type(resume).__name__}, expected the path of a file, or True, False or None."
+        )
     files = [path for one in callbacks if hasattr(one, "backups") for path in one.backups()]
     if resume:
         _refuse_no_savers(callbacks)
@@ -216,6 +222,8 @@ def _first_readable(files: Sequence[Path]) -> tuple[dict[str, Any], str] | None:
             return read(path), repr(str(path))
         except ValueError as error:
             if path == files[-1]:
-                raise
+                raise ValueError(
+                    f"the run would go on from what it has saved, but {error} Delete that file to begin anew."
+                ) from error
             warnings.warn(f"{error} The run goes on from the one before.", stacklevel=2)
     return None

@@ -12,9 +12,10 @@ import os
 import random
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 from itertools import islice
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, get_work
 
 from .seeding import GENERATORS, Generator, sample_seeds
 
+PARTS = 1000  # more than so many are samples
+OPAQUE = (torch.Tensor, np.ndarray, ModuleType, type, random.SystemRandom)  # the last has no state
 KEPT = 256  # batches whose samples are remembered: loaders fetch ahead
 
 
@@ -107,7 +110,7 @@ class IndexedLoader:
         self.indices = self._recent.of
         self.caveat = _caveat(loader)
         if loader not in _whole:
-            _whole[loader] = _made_of(loader, order := _Keys(loader._index_sampler)), order
+            _whole[loader] = _made_of(loader, order := self._keys()), order
         self._all, self._order = _whole[loader]
 
     @staticmethod
@@ -123,12 +126,27 @@ class IndexedLoader:
         if start or loader.persistent_workers:
             self._draw(number)
         if not start:
+            return self._whole_pass(number, options)
+        order = self._keys(start)
+        return self._apart(order, number, options, start)
+
+    def _whole_pass(self, number: int, options: dict[str, Any]) -> Iterator[Any]:
+        if not self.loader.persistent_workers:
             self._order.begin(number, **options)
-            _forget_dead_workers(self._all)
             return iter(self._all)
-        order = _Keys(positioned(loader._index_sampler, start))
+        if self._order.is_busy:  # torch would end the pass that is under way
+            return self._apart(self._keys(), number, options)
+        self._order.begin(number, **options)
+        _forget_dead_workers(self._all)
+        return self._order.watching(iter(self._all))
+
+    def _apart(self, order: _Keys, number: int, options: dict[str, Any], start: int = 0) -> Iterator[Any]:
+        """A pass by a loader, and workers, of its own."""
         order.begin(number, **options, start=start)
-        return iter(_made_of(loader, order, generator=torch.Generator(), persistent_workers=False))
+        return iter(_made_of(self.loader, order, generator=torch.Generator(), persistent_workers=False))
+
+    def _keys(self, start: int = 0) -> _Keys:
+        return _Keys(positioned(self.loader._index_sampler, start), self.loader.batch_sampler is not None)
 
     def _draw(self, number: int) -> None:
         """Draws what `iter(loader)` does, before the order is drawn; workers that persist are seeded once."""
@@ -150,8 +168,16 @@ def _forget_dead_workers(loader: DataLoader) -> None:
 class _Keys:
     """The order of a loader, with a seed beside the number of each sample where that is wanted."""
 
-    def __init__(self, order: Iterable[Any]) -> None:
-        self.order = order
+    def __init__(self, order: Iterable[Any], is_batched: bool) -> None:
+        self.order, self.is_batched, self.is_busy = order, is_batched, False
+
+    def watching(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches of a pass in this order, known to be under way until they end or nobody wants them any more."""
+        self.is_busy = True
+        try:
+            yield from batches
+        finally:
+            self.is_busy = False
 
     def begin(self, number: int, recent: Recent, is_seeded: bool, start: int = 0) -> None:
         self.number, self.recent, self.is_seeded, self.start = number, recent, is_seeded, start
@@ -165,7 +191,8 @@ class _Keys:
             note((number, batch, samples))
             if not self.is_seeded:
                 yield samples
-            elif isinstance(samples, (list, tuple)):
+            elif self.is_batched:
+                samples = list(samples)
                 yield list(zip(sample_seeds(number, batch, len(samples)), samples, strict=True))
             else:
                 yield sample_seeds(number, batch, 1)[0], samples
@@ -241,8 +268,19 @@ def positioned(order: Iterable[Any], start: int) -> Iterable[Any]:
 
 
 def skipping(data: Iterable[Any], start: int) -> Iterator[Any]:
-    """What data gives from an item on, which takes reading it up to there, within the call."""
-    return _without(iter(data), start)
+    """What data gives from an item on, which takes reading it up to there, within the call.
+
+    Raises:
+        ValueError: it ends before.
+    """
+    items = iter(data)
+    read = sum(1 for _ in islice(items, start))
+    if read < start:
+        raise ValueError(
+            f"the run goes on after batch {start} of an epoch, but the data ended after {read}. Give the data that the "
+            f"run was given."
+        )
+    return items
 
 
 def _without(items: Iterator[Any], number: int) -> Iterator[Any]:
@@ -251,13 +289,26 @@ def _without(items: Iterator[Any], number: int) -> Iterator[Any]:
     return items
 
 
-def generators_in(owner: Any, depth: int = 2) -> list[Generator]:
-    """Random number generators among the attributes of an object, and among those of its attributes."""
-    held = list(getattr(owner, "__dict__", {}).values())
-    found = [one for one in held if isinstance(one, GENERATORS)]
-    if depth > 1:
-        found += [one for part in held if not isinstance(part, GENERATORS) for one in generators_in(part, depth - 1)]
-    return list({id(one): one for one in found}.values())
+def generators_in(owner: Any, depth: int = 6) -> list[Generator]:
+    """Random number generators among the attributes of an object and its parts, in lists, tuples and dicts too."""
+    found, seen, left = [], set(), deque([(owner, depth)])
+    while left:
+        one, depth = left.popleft()
+        if id(one) in seen or isinstance(one, OPAQUE):
+            continue
+        seen.add(id(one))
+        if isinstance(one, GENERATORS):
+            found.append(one)
+        elif depth:
+            parts = _parts_of(one)
+            left += [(part, depth - 1) for part in parts if len(parts) <= PARTS]
+    return found
+
+
+def _parts_of(one: Any) -> Collection[Any]:
+    if isinstance(one, (list, tuple)):
+        return one
+    return (one if isinstance(one, dict) else getattr(one, "__dict__", {})).values()
 
 
 def _caveat(loader: DataLoader) -> str | None:

@@ -162,7 +162,7 @@ class Tracker:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Goes on from a state of the same loss and metrics."""
-        state = map_structure(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, dict(state))
+        state = map_structure(lambda leaf: _brought(leaf, device), dict(state))
         self._sums, self._pending = state["sums"], list(state["pending"])
         self._shape, self._batch_samples, self._capacity = state["shape"], state["batch_samples"], state["capacity"]
         self.samples, self.logged = state["samples"], state["logged"]
@@ -265,3 +265,8 @@ def _weight_at(weight: Any, key: Any, metric: Mean) -> Any:
 def copies(metrics: list[tuple[Any, Mean | Stateful]]) -> list[tuple[Any, Mean | Stateful]]:
     """The same metrics with states of their own: training and validation never count into one another."""
     return [(key, copy.deepcopy(metric) if isinstance(metric, Stateful) else metric) for key, metric in metrics]
+
+
+def _brought(leaf: Any, device: torch.device) -> Any:
+    """To a device; not what has a shape alone."""
+    return leaf.to(device) if isinstance(leaf, Tensor) and not leaf.is_meta else leaf

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +51,8 @@ def replacing(path: str | os.PathLike, is_whole: Callable[[Path], bool] | None =
             _flush(temporary)
             if is_whole is not None and not is_whole(temporary):
                 raise OSError(errno.EIO, "what was read back from the disk is not what was written")
+            if target.exists():
+                shutil.copymode(target, temporary)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)  # also where both are links to one file: then moving it does nothing

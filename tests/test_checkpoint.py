@@ -417,7 +417,7 @@ LIGHTNING = {"pytorch-lightning_version": "2.6.0", "state_dict": {}}
         ),
         (
             saved(LIGHTNING),
-            r"is a checkpoint of Lightning. .*load_state_dict\(torch.load\('.*file', weights_only=False\)",
+            r"is a checkpoint of Lightning. .*load_state_dict\(.*torch.load\('.*file', weights_only=True\)",
         ),
         (saved(LIGHTNING | {"hyper": Point()}), "is a checkpoint of Lightning"),
         (saved(nn.Linear(1, 1)), "holds more than tensors and plain data, and was not read: reading the rest may run"),

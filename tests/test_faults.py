@@ -551,8 +551,9 @@ def test_a_damaged_file_is_said_to_be_so(path, damage, told):
         ),
         (
             lambda path: torch.save({"pytorch-lightning_version": "2.6.0", "state_dict": {}}, path),
-            "is a checkpoint of Lightning. If you trust it, call model.module.load_state_dict(torch.load({path!r}, "
-            "weights_only=False)['state_dict']); names there may begin with the name of an attribute.",
+            "is a checkpoint of Lightning. Its names begin with the attribute that held the module, such as 'net.': "
+            "call model.module.load_state_dict({{name.removeprefix('net.'): value for name, value in torch.load("
+            "{path!r}, weights_only=True)['state_dict'].items()}}).",
         ),
         (
             lambda path: torch.save(nn.Linear(4, 1), path),

@@ -31,8 +31,8 @@ BELOW = {
     "model": {
         "arguments", "backends", "callbacks.base", "callbacks.debugging", "callbacks.progress", "checkpoint", "checks",
         "compilation", "computation", "data", "export", "history", "limits", "loop", "losses", "metrics", "microbatch",
-        "optimizers", "overrides", "passes", "patterns", "position", "precision", "preflight", "resume", "scopes",
-        "seeding", "state", "step", "structures", "summary", "tbptt", "tensors", "tracker",
+        "optimizers", "overrides", "passes", "patterns", "position", "precision", "preflight", "resume", "samples",
+        "scopes", "seeding", "state", "step", "structures", "summary", "tbptt", "tensors", "tracker",
     },
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
     "jit": {"computation", "losses", "memory", "structures"},
@@ -98,7 +98,8 @@ BELOW = {
     "callbacks.background": set(),
     "callbacks.files": {"writing"},
     "callbacks.checkpoint": {
-        "callbacks.background", "callbacks.filenames", "callbacks.files", "callbacks.messages", "callbacks.monitoring",
+        "callbacks.background", "callbacks.base", "callbacks.filenames", "callbacks.files", "callbacks.messages",
+        "callbacks.monitoring",
         "checkpoint", "durations", "state",
     },
     "callbacks.debugging": {"callbacks.base", "debugging", "structures"},

@@ -6,16 +6,18 @@ import random
 import signal
 import subprocess
 import sys
+from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import kerastorch as kt
-from kerastorch.callbacks import EMA, BackupAndRestore
+from kerastorch.callbacks import EMA, BackupAndRestore, EarlyStopping, ModelCheckpoint
 
 from . import reference
 
@@ -326,6 +328,252 @@ def test_a_sample_that_fails_is_named(tmp_path):
             model.fit(data, verbose=0)
 
 
+class Pair(kt.Model):
+    """Two optimizers, with a step of its own."""
+
+    def train_step(self, batch):
+        for name, loss in (("first", 1.0), ("second", 2.0)):
+            self.backward(loss * nn.functional.mse_loss(self.module(batch[0]), batch[1]))
+            self.optimizer_step(name)
+        return {"loss": loss}
+
+
+def pair(*callbacks, precision="32", accumulate=4):
+    kt.set_seed(2)
+    net = nn.Sequential(OrderedDict(first=nn.Linear(6, 8), drop=nn.Dropout(0.3), second=nn.Linear(8, 1)))
+    optimizers = {"first": "adam", "second": "sgd"}
+    model = Pair(net, backend="cpu").compile(optimizers, precision=precision, lr=0.01)
+    return model, model.fit(X, Y, batch_size=5, epochs=3, accumulate=accumulate, callbacks=callbacks, verbose=0)
+
+
+def pieces(*callbacks, microbatch=3):
+    """Without metrics: what they would be made of is a shape alone."""
+    kt.set_seed(2)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+    model = kt.Model(net, backend="cpu").compile("adam", "bce_with_logits", lr=0.01)
+    return model, model.fit(X, Y, batch_size=5, epochs=3, microbatch=microbatch, callbacks=callbacks, verbose=0)
+
+
+class Noisy(nn.Module):
+    """A module with random numbers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.generator = nn.Linear(6, 1), torch.Generator().manual_seed(5)
+
+    def forward(self, x):
+        return self.layer(x + 0.1 * torch.randn(x.shape, generator=self.generator))
+
+
+def noisy(*callbacks):
+    kt.set_seed(2)
+    model = kt.Model(nn.Sequential(Noisy()), backend="cpu").compile("adam", "mse", lr=0.01)
+    return model, model.fit(X, Y, batch_size=5, epochs=3, callbacks=callbacks, verbose=0)
+
+
+def deep(*callbacks):
+    """Random numbers of the dataset, deep within it."""
+    data = Subset(Subset(ConcatDataset([OwnNoise(), OwnNoise()]), range(60)), range(52))
+    kt.set_seed(2)
+    model = kt.Model(nn.Linear(6, 1), backend="cpu").compile("adam", "mse", lr=0.01)
+    return model, model.fit(DataLoader(data, 5, shuffle=True), epochs=3, callbacks=callbacks, verbose=0)
+
+
+TRAININGS = {
+    "steps of its own": pair,
+    "steps of its own in fp16": partial(pair, precision="16"),
+    "steps of its own, one by one": partial(pair, accumulate=1),
+    "pieces": pieces,
+    "as large pieces as fit": partial(pieces, microbatch="auto"),
+    "a module with random numbers of its own": noisy,
+    "a dataset with random numbers deep within it": deep,
+}
+
+
+@pytest.mark.parametrize("at", [3, 15])
+@pytest.mark.parametrize("training", TRAININGS)
+def test_whatever_is_trained_is_gone_on_with(tmp_path, training, at):
+    whole, history = TRAININGS[training]()
+    with pytest.raises(Killed):
+        TRAININGS[training](Die(at), BackupAndRestore(tmp_path, save_freq=1))
+    model, resumed = TRAININGS[training](BackupAndRestore(tmp_path, save_freq=1))
+    assert reference.same_weights(model.module, whole.module) and resumed.history == history.history
+
+
+def test_what_has_a_shape_alone_is_saved_in_the_background_too(tmp_path):
+    saving = partial(ModelCheckpoint, tmp_path / "{step}.pt", save_freq=4, background=True)
+    whole, history = pieces(saving())
+    kt.set_seed(2)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+    model = kt.Model(net, backend="cpu").compile("adam", "bce_with_logits", lr=0.01)
+    resumed = model.fit(X, Y, batch_size=5, epochs=3, microbatch=3, resume=tmp_path / "16.pt", verbose=0)
+    assert reference.same_weights(model.module, whole.module) and resumed.history == history.history
+
+
+class Batches:
+    """Batches of numbers, of any type that torch takes."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __len__(self):
+        return 11
+
+    def __iter__(self):
+        for first in torch.randperm(11).tolist():
+            yield self.kind(range(5 * first, min(5 * first + 5, 52)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, lambda numbers: numbers])
+def test_batches_of_numbers_may_be_of_any_type(kind, workers):
+    def fit(loader):
+        kt.set_seed(0)
+        model = kt.Model(nn.Linear(6, 1), backend="cpu").compile("sgd", "mse", lr=0.1)
+        model.fit(loader, verbose=0)
+        return model.module.weight
+
+    class Seen(TensorDataset):
+        """Which is not seen through."""
+
+    seen = Seen(X, Y)
+    expected = fit(DataLoader(seen, batch_sampler=Batches(list)))
+    assert torch.equal(fit(DataLoader(seen, batch_sampler=Batches(kind), num_workers=workers)), expected)
+
+
+@pytest.mark.parametrize("freq", ["epoch", 1])
+def test_a_run_that_was_to_stop_stops_when_it_is_gone_on_with(tmp_path, freq):
+    def stopped(*callbacks):
+        stopping = EarlyStopping("loss", patience=0, min_delta=10.0)
+        kt.set_seed(1)
+        model = kt.Model(nn.Linear(6, 1), backend="cpu").compile("sgd", "mse", lr=0.01)
+        return model, model.fit(X, Y, epochs=9, batch_size=5, callbacks=[stopping, *callbacks], verbose=0)
+
+    class DieAtTheEnd(kt.Callback):
+        def on_train_end(self, logs=None):
+            raise Killed
+
+    whole, history = stopped()
+    with pytest.raises(Killed):
+        stopped(BackupAndRestore(tmp_path, save_freq=freq), DieAtTheEnd())
+    assert os.listdir(tmp_path) == ["backup.pt"]  # others may fail until the very end
+    seen = Die(-1)
+    model, resumed = stopped(BackupAndRestore(tmp_path, save_freq=freq), seen)
+    assert history.epoch == resumed.epoch == [0, 1] and history.stopped_by == resumed.stopped_by == "stop_training"
+    assert resumed.history == history.history and reference.same_weights(model.module, whole.module)
+    assert seen.left == -1  # no batch was trained
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_epoch_that_max_steps_cut_is_closed_by_the_run_that_goes_on(tmp_path):
+    whole, history = run("arrays", max_steps=5, epochs=None)
+    with pytest.raises(Killed):
+        run("arrays", AtTheEndOf(14), BackupAndRestore(tmp_path, save_freq=1), max_steps=5, epochs=None)
+    model, resumed = run("arrays", BackupAndRestore(tmp_path, save_freq=1), max_steps=5, epochs=None)
+    assert resumed.history == history.history and resumed.epoch == history.epoch == [0, 1]
+    assert reference.same_weights(model.module, whole.module)
+
+
+class AtTheEndOf(kt.Callback):
+    """Dies after a batch, behind what is saved there."""
+
+    def __init__(self, batches):
+        self.left = batches
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if self.left == 0:
+            self.model.at_safe_point(self.die)
+
+    def die(self):
+        raise Killed
+
+
+def test_an_interruption_within_a_step_does_not_take_the_place_of_the_backup(tmp_path):
+    class Interrupt(kt.Callback):
+        def on_before_optimizer_step(self, optimizer):
+            if self.model.history.epoch == [0] and self.model.samples_seen > 20:
+                raise KeyboardInterrupt
+
+    whole, history = run("arrays")
+    _, cut = run("arrays", BackupAndRestore(tmp_path), Interrupt())
+    assert cut.stopped_by == "interrupt"
+    model, resumed = run("arrays", BackupAndRestore(tmp_path))
+    assert resumed.history == history.history and reference.same_weights(model.module, whole.module)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_at_the_end_of_a_run_is_told_of(name):
+    class Last(kt.Callback):
+        def on_train_end(self, logs=None):
+            os.kill(os.getpid(), getattr(signal, name))
+
+    _, history = run("arrays", Last())
+    assert history.stopped_by == {"SIGINT": "interrupt"}.get(name, name)
+
+
+def test_a_ctrl_c_after_sigterm_stops_at_once():
+    class Both(kt.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("arrays", Both())
+
+
+def test_workers_that_persist_serve_one_pass_at_a_time():
+    """Beside a pass that is under way there is one with workers of its own; torch would end the first."""
+    loader = DataLoader(OwnNoise(), 13, num_workers=1, persistent_workers=True)
+    counted = Die(100)
+    model = kt.Model(nn.Linear(6, 1), backend="cpu").compile("sgd", "mse")
+    model.fit(loader, epochs=2, validation_data=loader, validation_freq=0.5, callbacks=counted, verbose=0)
+    assert counted.left == 100 - 8 and len(model.history.intervals) == 4
+
+
+def test_fit_within_fit_of_the_same_model_is_refused():
+    class Nested(kt.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.fit(X, Y, verbose=0)
+
+    with pytest.raises(RuntimeError, match="fit was called by a callback while the same model trains"):
+        run("arrays", Nested())
+
+
+def test_a_model_that_was_saved_before_any_run_is_one_to_begin_with(tmp_path):
+    model = kt.Model(nn.Linear(6, 1), backend="cpu").compile("sgd", "mse")
+    model.save(tmp_path / "new.pt")
+    other = kt.Model(nn.Linear(6, 1), backend="cpu").compile("sgd", "mse")
+    assert other.fit(X, Y, epochs=2, resume=tmp_path / "new.pt", verbose=0).epoch == [0, 1]
+
+
+def test_no_backup_is_gone_on_from_where_that_is_not_wanted(tmp_path):
+    with pytest.raises(Killed):
+        run("arrays", Die(14), BackupAndRestore(tmp_path))
+    _, history = run("arrays", counted := Die(100), BackupAndRestore(tmp_path), resume=False)
+    assert counted.left == 100 - 33 and history.epoch == [0, 1, 2]
+
+
+def test_data_that_ends_before_the_place_is_refused(tmp_path):
+    def fit(batches, **options):
+        model = kt.Model(nn.Linear(6, 1), backend="cpu").compile("sgd", "mse")
+        return model.fit(((X[:4], Y[:4]) for _ in range(batches)), verbose=0, **options)
+
+    with pytest.warns(UserWarning, match="data of type generator has neither numbered samples nor a state_dict"):
+        fit(20, callbacks=ModelCheckpoint(tmp_path / "{batch}.pt", save_freq=15))
+    with pytest.raises(ValueError, match=r"goes on after batch 15 of an epoch, but the data ended after 10\. Give"):
+        fit(10, resume=tmp_path / "15.pt")
+
+
+def test_a_damaged_backup_is_said_to_be_one(tmp_path):
+    with pytest.raises(Killed):
+        run("arrays", Die(14), BackupAndRestore(tmp_path))
+    path = tmp_path / "backup.pt"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"^the run would go on from what it has saved, but .* to begin anew\.$"):
+        run("arrays", BackupAndRestore(tmp_path))
+
+
 def test_what_cannot_be_exact_is_said_once(tmp_path):
     def batches():
         for start in range(0, 52, 5):
@@ -339,7 +587,7 @@ def test_what_cannot_be_exact_is_said_once(tmp_path):
 
 REFUSED = {
     "no file": ({"resume": "nowhere.pt"}, FileNotFoundError, "there is no file 'nowhere.pt'"),
-    "no path": ({"resume": 3}, TypeError, "resume=3 is a int, expected the path of a file, True or None"),
+    "no path": ({"resume": 3}, TypeError, "resume=3 is a int, expected the path of a file, or True, False or None"),
     "no saver": ({"resume": True}, ValueError, "resume=True looks for files of the callbacks, none of which"),
     "dry": ({"resume": True, "dry_run": True}, ValueError, "resume=True and dry_run=True were both given"),
 }

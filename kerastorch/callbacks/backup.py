@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from .base import Callback
+from .base import SIGNALS, Callback
 from .files import WriteErrors, link_or_copy, make_folder
 
 
@@ -89,7 +89,8 @@ class BackupAndRestore(Callback):
             self.model.at_safe_point(self._save)
 
     def on_epoch_end(self, epoch: int, logs: MutableMapping | None = None) -> None:
-        if self.save_freq == "epoch" and not self._is_paused:  # then it is the end of an epoch that was cut
+        is_cut = self._is_paused or self.model.history.stopped_by in SIGNALS
+        if self.save_freq == "epoch" and not is_cut:
             self.model.at_safe_point(self._save)
 
     def on_train_pause(self) -> None:
@@ -99,8 +100,14 @@ class BackupAndRestore(Callback):
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
         if self.delete_checkpoint and self.model.history.stopped_by in (None, "stop_training", "max_steps"):
+            self.model.at_safe_point(self._delete)  # when the other callbacks have ended, too: until then they may fail
+
+    def _delete(self) -> None:
+        try:
             for path in (self._newest, self._previous):
                 path.unlink(missing_ok=True)
+        except OSError as error:
+            self._errors.take(error)
 
     def _save(self) -> None:
         try:

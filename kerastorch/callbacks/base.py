@@ -14,6 +14,9 @@ def _default(hook: Callable) -> Callable:
     return hook
 
 
+SIGNALS = ("interrupt", "SIGTERM", "SIGUSR1")  # what `history.stopped_by` is after one
+
+
 class Callback:
     """Called at the moments of a run. Override the hooks you want; the others are never called.
 

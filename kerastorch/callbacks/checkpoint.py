@@ -20,10 +20,11 @@ from ..checkpoint import WEIGHTS, refuse_ending, snapshot, write, write_weights
 from ..durations import seconds
 from ..state import refuse_unsavable, state_of
 from .background import Background
+from .base import SIGNALS
 from .filenames import FileName
 from .files import WriteErrors, link_or_copy, make_folder
 from .messages import is_verbose, say
-from .monitoring import SIGNALS, Monitoring
+from .monitoring import Monitoring
 
 
 @dataclass

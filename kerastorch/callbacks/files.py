@@ -38,7 +38,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Gives a file a second name, in the place of what is there; a copy where the file system has no links."""
     with replacing(target) as temporary:
         try:
-            os.link(source, temporary)
+            os.link(os.path.realpath(source), temporary)  # not a second name of a symbolic link
         except OSError:
             shutil.copyfile(source, temporary)
 

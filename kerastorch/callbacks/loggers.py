@@ -11,7 +11,6 @@ import csv
 import errno
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
 from importlib.util import find_spec
@@ -156,11 +155,8 @@ class CSVLogger(Callback):
     def _replace(self, rows: list[list[Any]]) -> None:
         width = len(self._columns)
         lines = [self._columns, *(row + [MISSING] * (width - len(row)) for row in rows)]
-        with replacing(self._path) as temporary:
-            with open(temporary, "x", newline="", encoding="utf-8") as file:
-                self._write(file, lines)
-            if self._path.exists():
-                shutil.copymode(self._path, temporary)
+        with replacing(self._path) as temporary, open(temporary, "x", newline="", encoding="utf-8") as file:
+            self._write(file, lines)
 
     def _write(self, file: TextIO, rows: list[list[Any]]) -> None:
         csv.writer(file, delimiter=self.separator).writerows(rows)

@@ -13,9 +13,7 @@ from numbers import Real
 from typing import Any
 
 from ..directions import direction
-from .base import Callback
-
-SIGNALS = ("interrupt", "SIGTERM", "SIGUSR1")  # what `history.stopped_by` is after one
+from .base import SIGNALS, Callback
 
 
 class Monitoring(Callback):
