@@ -305,7 +305,9 @@ def _open_dataset(dataset: Any, reading: Reading, loader_over: Callable) -> Data
 
 # A generator of their own: `iter(DataLoader)` draws a number, which would change what the model draws after it.
 def _dataset_loader(dataset: Any, chunks: list[list[int]]) -> DataLoader:
-    return DataLoader(NamingDataset(dataset), batch_sampler=chunks, generator=torch.Generator())
+    named = NamingDataset(dataset)
+    collate = partial(named.collate, default_collate)
+    return DataLoader(named, batch_sampler=chunks, collate_fn=collate, generator=torch.Generator())
 
 
 def _hugging_face_loader(dataset: Any, chunks: list[list[int]]) -> DataLoader:

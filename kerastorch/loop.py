@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import traceback
@@ -310,6 +311,8 @@ def _stoppable(ending: Ending) -> Iterator[None]:
         if name == "SIGINT" and ending.is_interrupted:
             raise KeyboardInterrupt
         ending.interrupt("interrupt" if name == "SIGINT" else name)
+        if name == "SIGINT" and ending.history.params["verbose"]:
+            os.write(2, b"\nThe run ends after this step; Ctrl-C again ends it at once.\n")  # print may be under way
 
     # Python allows handlers in the main thread only; one that the user installed stays.
     is_main = threading.current_thread() is threading.main_thread()

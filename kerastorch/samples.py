@@ -13,7 +13,7 @@ import random
 import signal
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from types import ModuleType
 from typing import Any
@@ -45,33 +45,45 @@ class Recent:
 
 
 class NamingDataset:
-    """A dataset whose errors name the sample.
+    """A dataset whose errors name the sample, and those of making a batch of them, the samples.
 
     With `is_seeded`, samples are asked for as `(seed, number)`, and what they draw depends on the seed alone.
     """
 
     def __init__(self, dataset: Any, is_seeded: bool = False) -> None:
         self.dataset, self.is_seeded = dataset, is_seeded
+        self._asked: Any = None  # for last
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: Any) -> Any:
-        index = self._begin(key)
+        index = self._asked = self._begin(key)
         try:
             return self.dataset[index]
         except Exception as error:
             raise _naming(error, f"sample {index}") from error
 
     def __getitems__(self, keys: list[Any]) -> list[Any]:
-        if not getattr(self.dataset, "__getitems__", None):
-            return [self[key] for key in keys]
-        self._begin(keys[0])
         indices = [index for _, index in keys] if self.is_seeded else keys
+        if not getattr(self.dataset, "__getitems__", None):
+            samples = [self[key] for key in keys]
+            self._asked = indices
+            return samples
+        self._begin(keys[0])
+        self._asked = indices
         try:
             return self.dataset.__getitems__(indices)
         except Exception as error:
             raise _naming(error, f"samples {indices}") from error
+
+    def collate(self, collate_fn: Callable[[Any], Any], samples: Any) -> Any:
+        """What `collate_fn` makes of the samples that were asked for last."""
+        try:
+            return collate_fn(samples)
+        except Exception as error:
+            what = f"samples {self._asked}" if isinstance(self._asked, list) else f"sample {self._asked}"
+            raise _naming(error, what, "by the collate_fn") from error
 
     def _begin(self, key: Any) -> Any:
         """The number of a sample, once what it may draw from is seeded."""
@@ -84,9 +96,9 @@ class NamingDataset:
         return index
 
 
-def _naming(error: Exception, what: str) -> Exception:
+def _naming(error: Exception, what: str, by: str = "by the dataset") -> Exception:
     """The error again, of its own type where that takes a message alone, with what was asked for in it."""
-    message = f"{error} (raised by the dataset for {what})"
+    message = f"{error} (raised {by} for {what})"
     try:
         return type(error)(message)
     except Exception:  # a type that wants other arguments
@@ -203,7 +215,6 @@ def _made_of(loader: DataLoader, order: _Keys, **options: Any) -> DataLoader:
     has_workers = loader.num_workers > 0
     settings = {
         "num_workers": loader.num_workers,
-        "collate_fn": loader.collate_fn,
         "pin_memory": loader.pin_memory,
         "timeout": loader.timeout,
         "worker_init_fn": _WorkerStart(loader.worker_init_fn) if has_workers else None,
@@ -216,7 +227,9 @@ def _made_of(loader: DataLoader, order: _Keys, **options: Any) -> DataLoader:
     }
     is_whole = loader.batch_sampler is None  # samples come as they are
     ordered = {"sampler": order, "batch_size": None} if is_whole else {"batch_sampler": order}
-    return DataLoader(NamingDataset(loader.dataset, is_seeded=has_workers), **ordered, **settings | options)
+    dataset = NamingDataset(loader.dataset, is_seeded=has_workers)
+    collate = partial(dataset.collate, loader.collate_fn)
+    return DataLoader(dataset, collate_fn=collate, **ordered, **settings | options)
 
 
 class _WorkerStart:

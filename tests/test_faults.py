@@ -470,6 +470,19 @@ def test_a_sample_that_raises_is_named(data, told):
     assert str(caught.value) == told and str(caught.value.__cause__) == "no such picture"
 
 
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_samples_that_make_no_batch_are_named(workers):
+    class Longer(Samples):
+        def __getitem__(self, index):
+            return (X[index], Y[index]) if index != 27 else (torch.zeros(9), Y[index])
+
+    data = Longer(no_picture) if workers is None else DataLoader(Longer(no_picture), 5, num_workers=workers)
+    with pytest.raises(RuntimeError) as caught:
+        fit(compiled(), data, shuffle=False, batch_size=5 if workers is None else None)
+    assert "equal size" in str(caught.value)
+    assert str(caught.value).strip().endswith("(raised by the collate_fn for samples [25, 26, 27, 28, 29])")
+
+
 def test_a_sample_that_raises_in_a_worker_is_named():
     with pytest.raises(ValueError) as caught:
         fit(compiled(), DataLoader(Samples(no_picture), 5, num_workers=2))

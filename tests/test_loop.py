@@ -350,7 +350,7 @@ def slow():
     yield torch.rand(4, 3), torch.rand(4, 1)
     print("waiting", flush=True)
     time.sleep(60)
-kt.Model(nn.Linear(3, 1)).compile("sgd", "mse").fit(slow(), verbose=0)
+kt.Model(nn.Linear(3, 1)).compile("sgd", "mse").fit(slow(), verbose=2)
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"waiting\n"
@@ -358,7 +358,9 @@ kt.Model(nn.Linear(3, 1)).compile("sgd", "mse").fit(slow(), verbose=0)
         time.sleep(0.5)
         assert process.poll() is None, "the first one waits for the running step"
         process.send_signal(signal.SIGINT)
-        assert b"KeyboardInterrupt" in process.communicate(timeout=20)[1]
+        told = process.communicate(timeout=20)[1]
+        assert b"\nThe run ends after this step; Ctrl-C again ends it at once.\n" in told
+        assert b"KeyboardInterrupt" in told
 
 
 def test_training_works_in_another_thread_where_signals_cannot_be_handled():
