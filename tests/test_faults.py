@@ -349,9 +349,7 @@ told_by(lambda: compiled().predict(loader, verbose=0))
 
 
 @needs_fork
-@pytest.mark.parametrize(
-    ("death", "persistent"), [("SIGKILL", True), ("SIGBUS", False), ("SIGSEGV", False), ("exit", True)]
-)
+@pytest.mark.parametrize(("death", "persistent"), [("SIGKILL", True), ("SIGBUS", False), ("exit", True)])
 def test_a_worker_that_dies_ends_the_run_at_once(death, persistent):
     """A loader whose workers persist is used again: one that is dead is not waited for then."""
     _, how, advice = DEATHS[death]

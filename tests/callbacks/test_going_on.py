@@ -134,14 +134,14 @@ def files():
 @pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
 def test_each_file_is_gone_on_from_exactly_whatever_comes_behind_the_one_that_writes_it(folder, background):
     def callbacks():
-        within = ModelCheckpoint("within/{epoch}-{step:02d}-{batch}.pt", save_freq=4, background=background)
+        within = ModelCheckpoint("within/{epoch}-{step:02d}-{batch}.pt", save_freq=7, background=background)
         return [within, ModelCheckpoint("ends/{epoch}.pt", background=background), *many()]
 
     origin, others = folder("whole"), callbacks()
     whole = fit(others)
     expected = Path("log.csv").read_bytes()
     names = [name for name in files() if name.startswith(("within", "ends"))]
-    assert len(names) == EPOCHS * BATCHES // 4 + EPOCHS
+    assert len(names) == EPOCHS * BATCHES // 7 + EPOCHS
     for number, name in enumerate(names):
         target = folder(f"again{number}")
         shutil.copytree(origin, target, dirs_exist_ok=True)
@@ -153,9 +153,7 @@ def test_each_file_is_gone_on_from_exactly_whatever_comes_behind_the_one_that_wr
         assert set(files()) >= set(names)
 
 
-@pytest.mark.parametrize(
-    ("after", "background"), [(1, False), (5, True), (11, False), (12, True), (23, False), (33, True)]
-)
+@pytest.mark.parametrize(("after", "background"), [(1, False), (11, False), (12, True), (33, True)])
 def test_a_run_that_died_leaves_the_files_of_the_one_that_did_not(folder, after, background):
     def callbacks(after=-1):
         return [ModelCheckpoint("now.pt", save_freq=1, background=background), *many(), Die(after)]
@@ -269,8 +267,7 @@ class Signal(kt.Callback):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("batch", [4, 5, 10])
+@pytest.mark.parametrize(("batch", "background"), [(4, False), (5, True), (10, False), (10, True)])
 def test_what_a_signal_has_cut_is_gone_on_with_from_last(folder, batch, background):
     def callbacks():
         return [
