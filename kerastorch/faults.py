@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -66,24 +66,35 @@ class Place(NamedTuple):
         return f"in {phase}, at batch {self.batch}{of_epoch} (counted from 1){of_samples}"
 
 
-def explained(error: BaseException, in_callback: bool) -> BaseException:
+def explained(error: BaseException, in_callback: Callable[[], bool]) -> BaseException:
     """The error, or one of its type that says more: where memory ran out or a data worker died, and what to do.
 
     Args:
         error: With its traceback, from the loop on.
-        in_callback: Whether it was raised in a hook: memory that runs out there is the callback's affair, while it is
-            by chance that a worker dies just then.
+        in_callback: Tells whether it was raised in a hook: memory that runs out there is the callback's affair, while
+            it is by chance that a worker dies just then.
     Returns:
         The error itself where it is of neither kind, or says so already; else one to raise from it.
     """
-    _untangle(error)
-    place = _place_of(error)
+    try:
+        return _explained(error, error, in_callback)
+    except (
+        RuntimeError
+    ) as told:  # torch's, of a dead worker: it comes whenever the system says that a process has ended
+        return _explained(told, error, in_callback)
+
+
+def _explained(error: BaseException, raised: BaseException, in_callback: Callable[[], bool]) -> BaseException:
+    """Of an error, or of another one that came while it was looked at, the text; the place is that of the first."""
+    is_in_callback = in_callback()
+    _untangle(raised)
+    place = _place_of(raised)
     if place is None:
         return error
     if dead := _dead_worker(error):
         return RuntimeError(_text_of_dead(*dead, place))
     in_worker = str(error).startswith("Caught ")  # there the sample is named, and batches have nothing to do with it
-    is_told = in_callback or in_worker or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
+    is_told = is_in_callback or in_worker or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
     if is_out_of_memory(error) and not is_told:
         return _again(error, _text_of_memory(error, place))
     return error
@@ -188,7 +199,9 @@ def _dead_worker(error: BaseException) -> tuple[str, str | None, str | None] | N
         return None
     said = "".join(f"{one} " for one in _chain(error))
     how = HOW_IT_DIED.search(said)
-    killed_by, code = how.groups() if how else (None, None)
+    if how is None:
+        return _first_dead(error) or (found[1], None, None)
+    killed_by, code = how.groups()
     return found[1], killed_by and _name_of_signal(killed_by), code
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
 from types import SimpleNamespace
 from typing import Any
@@ -332,7 +333,7 @@ def announced_errors(hooks: SimpleNamespace) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        told = explained(error, in_callback=_name_callback(error, hooks))
+        told = explained(error, in_callback=partial(_name_callback, error, hooks))
         for hook in hooks.on_exception:
             try:
                 hook(told)
