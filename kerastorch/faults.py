@@ -78,9 +78,8 @@ def explained(error: BaseException, in_callback: Callable[[], bool]) -> BaseExce
     """
     try:
         return _explained(error, error, in_callback)
-    except (
-        RuntimeError
-    ) as told:  # torch's, of a dead worker: it comes whenever the system says that a process has ended
+    except RuntimeError as told:
+        # Torch's, of a dead worker, which comes whenever the system says that a process has ended.
         return _explained(told, error, in_callback)
 
 

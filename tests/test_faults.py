@@ -406,7 +406,7 @@ def test_a_script_whose_worker_dies_ends_and_leaves_no_process_behind(tmp_path):
     script.write_text(
         textwrap.dedent(
             """
-            import os, signal, torch, kerastorch as kt
+            import os, signal, time, torch, kerastorch as kt
             from torch.utils.data import DataLoader, Dataset
 
             class Samples(Dataset):
@@ -415,6 +415,7 @@ def test_a_script_whose_worker_dies_ends_and_leaves_no_process_behind(tmp_path):
 
                 def __getitem__(self, index):
                     if index == 99:
+                        time.sleep(0.3)
                         os.kill(os.getpid(), signal.SIGKILL)
                     return torch.rand(3), torch.rand(1)
 
