@@ -255,8 +255,10 @@ class ModelCheckpoint(Monitoring):
             self._is_paused = True
 
     def on_train_end(self, logs: MutableMapping | None = None) -> None:
+        if self._is_broken_off:
+            self._task = None
         self._save_what_is_due()
-        if (self._moment_of_last or [None])[0] != self.model.steps_taken:
+        if (self._moment_of_last or [None])[0] != self.model.steps_taken and not self._is_broken_off:
             self._plan_last()
             self._save_what_is_due()
         self._wait()
@@ -276,6 +278,11 @@ class ModelCheckpoint(Monitoring):
         except Exception as failure:  # the first error is the one to be seen
             warnings.warn(f"{type(self).__name__} could not save what {error!r} ended: {failure}", stacklevel=2)
         self._end()
+
+    @property
+    def _is_broken_off(self) -> bool:
+        """Whether the run was interrupted in the middle of a step: it is gone on with from what was saved before."""
+        return self.model.history.stopped_by in SIGNALS and not (self._is_paused or self.save_weights_only)
 
     def _end(self) -> None:
         """After a run; of a dry one nothing is left."""

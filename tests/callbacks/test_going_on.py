@@ -290,6 +290,30 @@ def test_what_a_signal_has_cut_is_gone_on_with_from_last(folder, batch, backgrou
     assert files() == expected and Path("log.csv").read_bytes() == log
 
 
+class Interrupt(kt.Callback):
+    """Raises in the middle of a step of the second epoch, as Ctrl-C does where somebody handles signals otherwise."""
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.model.history.epoch == [0] and self.model.samples_seen > 20:
+            raise KeyboardInterrupt
+
+
+def test_what_was_interrupted_within_a_step_is_gone_on_with_from_the_file_before(folder):
+    def callbacks():
+        return [ModelCheckpoint("{epoch}.pt", save_last=True), ModelCheckpoint("often/{epoch}-{batch}.pt", save_freq=4)]
+
+    folder("whole")
+    whole = fit(callbacks())
+    expected = files()
+    folder("cut")
+    cut = fit([*callbacks(), Interrupt()])
+    assert cut.history.stopped_by == "interrupt"
+    assert files() == ["1.pt", "last.pt", "often/1-4.pt", "often/1-8.pt", "often/2-1.pt", "often/2-5.pt"]
+    model = fit(callbacks(), resume=True)
+    assert files() == expected and model.history.history == whole.history.history
+    assert torch.equal(model.module[0].weight, whole.module[0].weight)
+
+
 def test_the_newest_file_is_gone_on_from_and_one_that_is_damaged_passed_over(folder):
     def callbacks():
         return [ModelCheckpoint("runs/{epoch}.pt"), ModelCheckpoint("best.pt", "loss", save_best_only=True)]
