@@ -402,6 +402,28 @@ def test_whatever_is_trained_is_gone_on_with(tmp_path, training, at):
     assert reference.same_weights(model.module, whole.module) and resumed.history == history.history
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("precision", ["32", "16", "bf16"])
+def test_on_a_gpu_too(tmp_path, precision, background):
+    """With the random numbers of the device, and the scale of the loss."""
+
+    def fit(*callbacks, **options):
+        kt.set_seed(2)
+        net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+        model = kt.Model(net, backend="gpu").compile("adamw", "bce_with_logits", precision=precision, lr=0.01)
+        options |= {"batch_size": 5, "epochs": 3, "accumulate": 3, "verbose": 0}
+        return model, model.fit(X, Y, callbacks=[EMA(0.9), *callbacks], **options)
+
+    whole, history = fit()
+    saving = partial(ModelCheckpoint, tmp_path / "{epoch}-{batch}.pt", save_freq=4, background=background)
+    with pytest.raises(Killed):
+        fit(saving(), Die(18))
+    model, resumed = fit(saving(), resume=tmp_path / "2-5.pt")
+    assert reference.same_weights(model.module, whole.module) and resumed.history == history.history
+
+
 def test_what_has_a_shape_alone_is_saved_in_the_background_too(tmp_path):
     saving = partial(ModelCheckpoint, tmp_path / "{step}.pt", save_freq=4, background=True)
     whole, history = pieces(saving())
