@@ -6,6 +6,8 @@
                                    > schedules
                      > microbatch, tbptt, overrides > step
                      > data > tensors, seeding, structures             callbacks.* > callbacks.base
+                     > scopes > state                                  loop > faults > memory, step
+                     > resume > passes > data, position                data > samples > seeding
                      > backends > structures
                      > checks, summary > tracing     callbacks.checkpoint, state, averages > checkpoint > kinds, writing
                      > preflight > loop, data, losses, ...
