@@ -28,13 +28,13 @@ class Column(kt.Callback):
 
 
 class Look(kt.Callback):
-    """What is in the folder after each epoch: names without their ending, and what is in them."""
+    """What is in the folder after each epoch, when all is saved: names without their ending, and what is in them."""
 
     def __init__(self, folder):
         self.folder, self.seen = folder, []
 
     def on_epoch_end(self, epoch, logs=None):
-        self.seen.append(contents(self.folder))
+        self.model.at_safe_point(lambda: self.seen.append(contents(self.folder)))
 
 
 def contents(folder):
@@ -80,6 +80,7 @@ class Steps(kt.Model):
     """Its files have the number of steps in them, its loss is what that number says."""
 
     def save(self, path):
+        path.unlink(missing_ok=True)  # as files are replaced, and not written over: `last` may be another name of one
         path.write_text(str(self.steps_taken))
 
     def train_step(self, batch):
@@ -230,7 +231,7 @@ def test_the_k_best_are_those_of_lightning(tmp_path, values, count, mode):
 
 def test_a_file_of_lightning_is_known_as_such(tmp_path):
     _, saving = files_of_lightning(tmp_path, FALLING)
-    with pytest.raises(ValueError, match="is a checkpoint of Lightning. If you trust it, call"):
+    with pytest.raises(ValueError, match="is a checkpoint of Lightning. Its names begin with the attribute"):
         checkpoint.read(saving.best_model_path)
 
 
