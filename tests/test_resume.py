@@ -317,6 +317,49 @@ def test_processes_that_are_told_to_end_save_and_leave_nobody_behind(tmp_path, l
                 one.kill()
 
 
+ENDING = """
+import torch, kerastorch as kt
+from torch.utils.data import DataLoader, Dataset
+
+class Samples(Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return torch.rand(3), torch.rand(1)
+
+def fit():
+    model = kt.Model(torch.nn.Linear(3, 1), backend="cpu").compile("sgd", "mse")
+    model.fit(loader, epochs=2, verbose=0)
+
+class Keeps(kt.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        raise RuntimeError("kept with all that it came through")
+
+if __name__ == "__main__":
+    loader = DataLoader(Samples(), 5, num_workers=2, persistent_workers=True)
+    process = torch.multiprocessing.get_context("fork").Process(target=fit)
+    process.start()
+    process.join()
+    fit()
+    try:
+        model = kt.Model(torch.nn.Linear(3, 1), backend="cpu").compile("sgd", "mse")
+        model.fit(DataLoader(Samples(), 5, num_workers=2), callbacks=Keeps(), verbose=0)
+    except RuntimeError as error:
+        kept = error
+    print("the end", process.exitcode)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes made by fork")
+def test_a_script_ends_whose_workers_are_still_there(tmp_path):
+    """They ignore a SIGTERM that may have gone to all processes, but not that of their own process."""
+    (tmp_path / "train.py").write_text(ENDING)
+    done = subprocess.run([sys.executable, tmp_path / "train.py"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "the end 0\n")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_sample_that_fails_is_named(tmp_path):
     class Broken(Augmented):
         def __getitem__(self, index):
