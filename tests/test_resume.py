@@ -150,7 +150,7 @@ def test_a_stream_that_is_over_is_not_gone_through_again(tmp_path, options):
     assert resumed.history == history.history
 
 
-@pytest.mark.parametrize(("freq", "at"), [("epoch", 105), (1, 105), (3, 230)])
+@pytest.mark.parametrize(("freq", "at"), [("epoch", 105), (9, 105), (50, 230)])
 def test_means_in_float64_have_the_same_last_bit(tmp_path, freq, at):
     """Where the first batch of a process was added up by itself, they had not."""
 
