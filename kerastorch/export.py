@@ -290,6 +290,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, output: Any, 
         )
     except Exception as error:  # of many types
         raise ValueError(f"torch.onnx cannot translate the program: {_reason(error)} Export to .pt2.") from error
+    for value, name in zip(converted.model.graph.inputs, inputs, strict=True):
+        value.name = name  # torch 2.9 renames those that are returned as they are
     path.touch(exist_ok=False)
     converted.save(str(path), external_data=False)
 
