@@ -1,4 +1,4 @@
-"""The loops that one would write by hand: what numbers are compared with."""
+"""The loops that one would write by hand, what numbers are compared with; and how a run dies in the tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+import kerastorch as kt
 
 
 def train(
@@ -150,3 +152,22 @@ def distance(first: nn.Module, second: nn.Module) -> float:
     """Largest difference between two values in the same place of parameters and buffers."""
     pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+
+
+class Killed(Exception):
+    """Ends a run as a process that is killed does."""
+
+
+class DieBehindWhatIsSaved(kt.Callback):
+    """Ends the run after so many batches of it, behind all that callbacks do at that safe point."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if self.left == 0:
+            self.model.at_safe_point(self.die)
+
+    def die(self):
+        raise Killed

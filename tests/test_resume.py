@@ -21,14 +21,11 @@ import kerastorch as kt
 from kerastorch.callbacks import EMA, BackupAndRestore, EarlyStopping, ModelCheckpoint
 
 from . import reference
+from .reference import Killed
 
 generator = torch.Generator().manual_seed(0)
 X = torch.randn(52, 6, generator=generator)
 Y = (X.sum(1, keepdim=True) > 0).float()
-
-
-class Killed(Exception):
-    pass
 
 
 class Die(kt.Callback):
@@ -535,25 +532,16 @@ def test_a_run_that_was_to_stop_stops_when_it_is_gone_on_with(tmp_path, freq):
 def test_the_epoch_that_max_steps_cut_is_closed_by_the_run_that_goes_on(tmp_path):
     whole, history = run("arrays", max_steps=5, epochs=None)
     with pytest.raises(Killed):
-        run("arrays", AtTheEndOf(14), BackupAndRestore(tmp_path, save_freq=1), max_steps=5, epochs=None)
+        run(
+            "arrays",
+            reference.DieBehindWhatIsSaved(14),
+            BackupAndRestore(tmp_path, save_freq=1),
+            max_steps=5,
+            epochs=None,
+        )
     model, resumed = run("arrays", BackupAndRestore(tmp_path, save_freq=1), max_steps=5, epochs=None)
     assert resumed.history == history.history and resumed.epoch == history.epoch == [0, 1]
     assert reference.same_weights(model.module, whole.module)
-
-
-class AtTheEndOf(kt.Callback):
-    """Dies after a batch, behind what is saved there."""
-
-    def __init__(self, batches):
-        self.left = batches
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.left -= 1
-        if self.left == 0:
-            self.model.at_safe_point(self.die)
-
-    def die(self):
-        raise Killed
 
 
 def test_an_interruption_within_a_step_does_not_take_the_place_of_the_backup(tmp_path):

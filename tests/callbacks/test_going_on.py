@@ -27,29 +27,12 @@ from kerastorch.callbacks import (
     TensorBoard,
     Unfreeze,
 )
+from tests.reference import DieBehindWhatIsSaved as Die
+from tests.reference import Killed
 
 X = torch.rand(44, 3, generator=torch.Generator().manual_seed(0))
 Y = X.sum(1, keepdim=True)
 BATCHES, EPOCHS = 11, 3
-
-
-class Killed(Exception):
-    pass
-
-
-class Die(kt.Callback):
-    """Ends the run with an error after so many batches of it, behind all that callbacks do at that safe point."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.left -= 1
-        if self.left == 0:
-            self.model.at_safe_point(self.die)
-
-    def die(self):
-        raise Killed
 
 
 def fit(callbacks, *, optimizer="adamw", schedule=None, frozen=(), **options):
