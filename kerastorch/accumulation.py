@@ -3,11 +3,14 @@
 A loss is a mean over so many samples, or over so many targets that are not masked. Here each batch's mean is multiplied
 by that count before its gradient is added, and the sum is divided by the total count when the window of batches closes:
 no batch has to know of a later one. Where all batches count the same, the division is in the factors already.
+
+The parts of one batch that several processes compute are weighed in the same way. What is averaged over the processes
+are gradients and counts both, so that the one divided by the other is what one process would have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,15 +25,17 @@ class Window:
     Args:
         parameters: Those whose gradients are gathered.
         size: Batches in a window.
+        ranks: The backend: says what a mean over a part of a batch counts.
         batches: Batches in the epoch, so that its last window closes with its last batch; `None` = not known.
     Attributes:
         is_open: Whether there are gradients that no step has used.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], size: int, batches: int | None = None) -> None:
-        self.parameters, self.size = tuple(parameters), size
+    def __init__(self, parameters: Iterable[nn.Parameter], size: int, ranks: Any, batches: int | None = None) -> None:
+        self.parameters, self.size, self.ranks = tuple(parameters), size, ranks
         self._left = batches
         self._forget()
+        self._announce()
 
     @property
     def is_open(self) -> bool:
@@ -41,17 +46,25 @@ class Window:
         self._batches += 1
         if self._left is not None:
             self._left -= 1
-        return self._batches == self.size or self._left == 0
+        is_full = self._batches == self.size or self._left == 0
+        if not is_full:
+            self._announce()
+        return is_full
 
-    def backward(self, shares: list[Share], part: float, backward: Callable[..., None]) -> None:
+    def _announce(self) -> None:
+        """Says whether the batch to come is known to be the last one of the window."""
+        self.ranks.expect_step(self._batches + 1 == self.size or self._left == 1)
+
+    def backward(self, shares: list[Share], samples: int, of: int, backward: Callable[..., None]) -> None:
         """Adds the gradient of one batch, or of a piece of one.
 
         Args:
             shares: Its losses, each with what it is the mean over.
-            part: Samples here as a part of the batch's: 1 for a whole batch.
+            samples: Rows here.
+            of: Rows of the batch.
             backward: `(loss, retain_graph=...)`: puts its gradients into the parameters.
         """
-        losses = {share.name: self._weighted(share, part) for share in shares}
+        losses = {share.name: self._weighted(share, samples, of) for share in shares}
         # One without a gradient, of frozen layers say, adds none; where there is no other, torch will say so.
         trained = [name for name, loss in losses.items() if loss.requires_grad] or [*losses]
         for name in trained:
@@ -62,18 +75,35 @@ class Window:
 
     def close(self) -> None:
         """Leaves the gradient of the mean over the whole window in the parameters."""
+        for name, total in zip(self._own, self.ranks.mean([*self._own.values()]), strict=True):
+            self._totals[name] = self._totals.get(name, 0) + total
         if self._apart:
             for name, gradients in self._apart.items():
                 self._divide(name, gradients)
             _put(self.parameters, map(_sum, zip(*self._apart.values(), strict=True)))
         for name in () if self._apart else self._totals:
             self._divide(name, [parameter.grad for parameter in self.parameters])
+        self.ranks.average(self.parameters)
         self._forget()
+        self._announce()
+
+    def whole(self, shares: list[Share], rows: int) -> Tensor:
+        """A window by itself: leaves the gradient of a batch, of all processes' parts, and returns its loss."""
+        losses = [share.loss.detach() for share in shares]
+        self.backward(shares, rows, rows, Tensor.backward)
+        counts = [self.ranks.counts(1 if share.count is None else share.count, rows, rows)[0] for share in shares]
+        totals = self.ranks.mean([one * count for one, count in zip(losses, counts, strict=True)] + counts)
+        self.close()
+        parts = zip(totals[: len(shares)], totals[len(shares) :], strict=True)
+        return sum(total / count for total, count in parts)
 
     def join(self, other: Window) -> None:
         """Takes over what `other` has counted and kept apart; what both left in the parameters, the caller adds up."""
         for name, total in other._totals.items():
             self._totals[name] = total if total is None else self._totals.get(name, 0) + total
+            self._expected.setdefault(name, other._expected[name])
+        for name, total in other._own.items():
+            self._own[name] = self._own.get(name, 0) + total
             self._expected.setdefault(name, other._expected[name])
         for name, gradients in other._apart.items():
             before = self._apart.get(name, [None] * len(gradients))
@@ -81,7 +111,7 @@ class Window:
 
     def beside(self) -> Window:
         """An empty window whose losses are weighted as they would be in this one."""
-        other = Window(self.parameters, self.size)
+        other = Window(self.parameters, self.size, self.ranks)
         other._expected = dict(self._expected)
         return other
 
@@ -92,27 +122,36 @@ class Window:
             "left": self._left,
             "expected": dict(self._expected),
             "totals": dict(self._totals),
+            "own": dict(self._own),
             "apart": {name: list(gradients) for name, gradients in self._apart.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state, with the gradients that were in the parameters there again."""
         self._batches, self._left, self._expected = state["batches"], state["left"], dict(state["expected"])
+        self._announce()
         device = self.parameters[0].device
         self._totals = {name: _on(device, total) for name, total in state["totals"].items()}
+        self._own = {name: _on(device, total) for name, total in state.get("own", {}).items()}
         self._apart = {name: [_on(device, one) for one in gradients] for name, gradients in state["apart"].items()}
 
-    def _weighted(self, share: Share, part: float) -> Tensor:
+    def _weighted(self, share: Share, samples: int, of: int) -> Tensor:
         """The loss times its count, over the count expected of a whole window, which keeps fp16 in its range."""
         name, loss, count, most = share
-        expected = self._expected.setdefault(name, max(round(self.size * most / part), 1))
+        expected = self._expected.get(name)
+        if expected is None:
+            expected = self._expected[name] = self.ranks.expected(self.size, most / (samples / of))
         if count is None:  # a sum, which nothing divides
             self._totals[name] = None
-            return loss
-        self._totals[name] = self._totals.get(name, 0) + count
+            return loss if self.ranks.world == 1 else loss * self.ranks.world
+        count, total = self.ranks.counts(count, samples, of)
+        if total is None:
+            self._own[name] = self._own.get(name, 0) + count
+        else:
+            self._totals[name] = self._totals.get(name, 0) + total
         if isinstance(count, Tensor):  # not its quotient, a float32. Of nothing the mean is NaN, but its gradient is 0.
             return loss * count / expected
-        return loss * (count / expected)
+        return loss if count == expected else loss * (count / expected)
 
     def _divide(self, name: str, gradients: Iterable[Tensor | None]) -> None:
         total, expected = self._totals[name], self._expected[name]
@@ -135,8 +174,9 @@ class Window:
 
     def _forget(self) -> None:
         self._batches = 0
-        self._expected: dict[str, int] = {}
-        self._totals: dict[str, Any] = {}
+        self._expected: dict[str, float] = {}
+        self._totals: dict[str, Any] = {}  # on the mean over all processes
+        self._own: dict[str, Any] = {}  # of this process alone
         self._apart: dict[str, list[Tensor | None]] = {}
 
 
@@ -148,12 +188,13 @@ class Parked:
     Args:
         parameters: Those of the optimizer.
         size: Calls of `take` in a window.
+        ranks: The backend: brings together what several processes count.
     Attributes:
         is_open: Whether there are gradients that no step has used; of frozen parameters there never are any.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], size: int) -> None:
-        self.parameters, self.size = tuple(parameters), size
+    def __init__(self, parameters: Iterable[nn.Parameter], size: int, ranks: Any) -> None:
+        self.parameters, self.size, self.ranks = tuple(parameters), size, ranks
         self._forget()
 
     @property
@@ -177,13 +218,14 @@ class Parked:
 
     def put_back(self, scale: Tensor | None) -> None:
         """Leaves the mean over the samples of the window in the parameters."""
-        weight = self._weight
+        (weight,) = self.ranks.mean([self._weight])
         if isinstance(weight, Tensor):
             weight = torch.where(weight > 0, weight, 1.0)
         there = [gradient for gradient in self._gradients if gradient is not None]
         if there:
             torch._foreach_mul_(there, (1.0 if scale is None else scale) / weight)
         _put(self.parameters, self._gradients)
+        self.ranks.average(self.parameters)
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
@@ -199,6 +241,31 @@ class Parked:
     def _forget(self) -> None:
         self._gradients: list[Tensor | None] = [None] * len(self.parameters)
         self._batches, self._weight = 0, 0.0
+
+
+def merged_windows(states: Sequence[Mapping[str, Any]], is_first: bool, scale: float) -> dict[str, Any]:
+    """The state of a window for one of another number of processes: what all had gathered goes to the first of them.
+
+    Args:
+        states: Of all processes.
+        is_first: Whether it is for that one.
+        scale: Their number divided by the new one: totals are means over the processes.
+    """
+    totals = {name: total if total is None else total * scale for name, total in states[0]["totals"].items()}
+    own: dict[str, Any] = dict.fromkeys(states[0].get("own", {}), 0)
+    apart = {name: [None] * len(gradients) for name, gradients in states[0]["apart"].items()}
+    for state in states if is_first else ():
+        own = {name: total + state["own"][name] for name, total in own.items()}
+        apart = {name: [*map(_sum, zip(apart[name], state["apart"][name], strict=True))] for name in apart}
+    return dict(states[0]) | {"totals": totals, "own": own, "apart": apart}
+
+
+def merged_parked(states: Sequence[Mapping[str, Any]], is_first: bool) -> dict[str, Any]:
+    """As `merged_windows`, of the gradients of one of several optimizers."""
+    if not is_first:
+        return dict(states[0]) | {"gradients": [None] * len(states[0]["gradients"]), "weight": 0.0}
+    gradients = [_sum(parts) for parts in zip(*(state["gradients"] for state in states), strict=True)]
+    return dict(states[0]) | {"gradients": gradients, "weight": sum(state["weight"] for state in states)}
 
 
 def _sum(gradients: Iterable[Tensor | None]) -> Tensor | None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import losses, optimizers, precision, schedules
+from . import losses, optimizers, schedules
+from . import precision as precisions
 from .computation import (
     Compute,
     Overridden,
@@ -52,7 +53,7 @@ class Compiled:
         *,
         optimizer: Any,
         loss: Any,
-        precision_name: Any,
+        precision: Any,
         clip: Any,
         lr: Any,
         schedule: Any,
@@ -60,7 +61,7 @@ class Compiled:
         tbptt_steps: int | None,
     ) -> None:
         self.module, self.device = module, device
-        self.precision = precision.get(precision_name, device)
+        self.precision = precisions.get(precision, device)
         chosen_loss = losses.get(loss)
         self.has_own_loss = chosen_loss is None
         self.loss: Loss | SumOfLosses | OwnLoss = OwnLoss(module) if chosen_loss is None else chosen_loss
@@ -93,11 +94,11 @@ class Compiled:
         is_double = self.precision.weights is torch.float64
         losses.place(self.loss, self.device, torch.float64 if is_double else None)
         if self.tbptt_steps is None:
-            network = precision.in_precision(self.module, self.precision, self.device)
+            network = precisions.in_precision(self.module, self.precision, self.device)
         else:
             for part in losses.parts_of(self.loss):  # time is dim 1, in pieces of as many steps as classes too
                 part.layout.is_last = True
-            run = precision.in_autocast(self.module, self.precision, self.device)
+            run = precisions.in_autocast(self.module, self.precision, self.device)
             stateful = lambda *inputs, **named: checked_state(run(*inputs, **named))  # noqa: E731
             self.with_state = self._jitted(output_loss_and_state(stateful, self.loss))
             network = without_state(stateful)
@@ -105,10 +106,20 @@ class Compiled:
         self.plain: Compute = self._jitted(output_and_loss(network, self.loss))
         self.compute, self.logged_loss = self.plain, self.loss
         if compute_loss is not None:
-            compute_loss = precision.in_precision(compute_loss, self.precision, self.device)
+            compute_loss = precisions.in_precision(compute_loss, self.precision, self.device)
             self.compute = self.logged_loss = Overridden(compute_loss, self.plain, self.loss, measures)
         is_own = isinstance(self.loss, OwnLoss)
         self.compute_evaluated = with_graph(self.compute, self.loss) if is_own else self.compute
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step is one call of the module and one of a loss that is one mean."""
+        is_own = self.compute is not self.plain
+        return not (is_own or self._jit or self.tbptt_steps is not None or isinstance(self.loss, SumOfLosses))
+
+    def over(self, network: Callable) -> Compute:
+        """`compute`, where it is plain, with something else called for the module."""
+        return output_and_loss(precisions.in_precision(network, self.precision, self.device), self.loss)
 
     def gather(self, is_gathered: bool) -> None:
         """Says whether `logged_loss.shares` will be asked for after each batch of a run."""
@@ -175,7 +186,7 @@ class Compiled:
                 tuple(self.module.parameters()) if self.is_single else parameters,
                 clip=self._clip and partial(self._clip, parameters),
                 schedule=schedule,
-                scaled_step=self.scaler and precision.ScaledStep(optimizer, self.scaler),
+                scaled_step=self.scaler and precisions.ScaledStep(optimizer, self.scaler),
                 rate_name="lr" if self.is_single else f"{name}_lr",
             )
             self._refuse_shared(name, updates)

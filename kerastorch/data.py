@@ -1,6 +1,7 @@
-"""Whatever the user passed -> global batches `(x, target, weight)` in a known order.
+"""Whatever the user passed -> global batches `(x, target, weight)` in a known order, or one process's part of each.
 
 Decided here: which form of data it is, the dtype of each tensor, how batches are cut, shuffled, weighted and split.
+Parts are taken before anything is loaded where samples have numbers; else each process reads all and keeps its part.
 Left to others: what a batch is used for (`step.py`), and on which device (`backends/`).
 
 To add a form of data, write a function that returns a `Data` and name it in `open_data`.
@@ -9,6 +10,7 @@ To add a form of data, write a function that returns a `Data` and name it in `op
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -85,6 +87,8 @@ class Reading:
         class_weight: `{class index: weight}`, a factor on the weight of each sample; `None` = 1.
         hold: Called with a list of all tensors in memory, returns them on the device they shall be gathered on.
         evaluating: No gradients will be needed, so a batch size that nobody chose may be larger.
+        share: Samples of a global batch -> which of them are taken here, and what the batch then has as its fourth
+            part; `None` = all, and there is none.
     """
 
     dtype: torch.dtype = torch.float32
@@ -95,6 +99,7 @@ class Reading:
     class_weight: Mapping[int, float] | None = None
     hold: Callable[[list[torch.Tensor]], list[torch.Tensor]] = list
     evaluating: bool = False
+    share: Callable[[int], tuple[slice, Any]] | None = None
 
 
 def open_data(data: Any, y: Any, sample_weight: Any, reading: Reading) -> Data:
@@ -218,11 +223,26 @@ def _open_arrays(x: Any, y: Any, sample_weight: Any, reading: Reading) -> Data:
             rows = (slice(row, row + batch_size) for row in range(start * batch_size, samples, batch_size))
         rows_of = _select if reading.shuffle else _slice
         take_x, take_y, take_weight = _takers(parts, rows_of, reading.dtype)
-        for chosen in rows:
-            yield take_x(chosen), take_y and take_y(chosen), take_weight and take_weight(chosen)
+        for chosen, *part in _shared(rows, samples, reading.share):
+            yield take_x(chosen), take_y and take_y(chosen), take_weight and take_weight(chosen), *part
 
     indices = partial(_chunk, samples, batch_size, reading.shuffle)
     return Data(batches, steps=-(-samples // batch_size), targets=parts[1], indices=indices)
+
+
+def _shared(rows: Iterable[Any], samples: int, share: Callable | None) -> Iterator[tuple]:
+    """Rows of global batches, tensors of numbers or slices -> those taken here, and what they count."""
+    return zip(rows) if share is None else _parts_of(rows, samples, share)
+
+
+def _parts_of(rows: Iterable[Any], samples: int, share: Callable) -> Iterator[tuple]:
+    for chosen in rows:
+        if isinstance(chosen, slice):
+            mine, part = share(min(chosen.stop, samples) - chosen.start)
+            yield slice(chosen.start + mine.start, chosen.start + mine.stop), part
+        else:
+            mine, part = share(len(chosen))
+            yield chosen[mine], part
 
 
 def _order(samples: int, shuffle: bool, number: int) -> Any:
@@ -291,16 +311,30 @@ def _open_dataset(dataset: Any, reading: Reading, loader_over: Callable) -> Data
     batch_size = _batch_size(reading)
 
     _refuse_empty(samples, dataset)
-    read = _reader(reading)
+    read = _reader(replace(reading, share=None))  # taken by their numbers
 
     def batches(number: int, start: int = 0) -> Iterator[Batch]:
         order = _order(samples, reading.shuffle, number)
         firsts = range(start * batch_size, samples, batch_size)
-        return map(read, loader_over(dataset, [list(order[first : first + batch_size]) for first in firsts]))
+        chunks = [list(order[first : first + batch_size]) for first in firsts]
+        if reading.share is None:
+            return map(read, loader_over(dataset, chunks))
+        shares = [reading.share(len(chunk)) for chunk in chunks]
+        mine = [chunk[taken] for chunk, (taken, _) in zip(chunks, shares, strict=True)]
+        return _with_parts(map(read, loader_over(dataset, mine)), (part for _, part in shares))
 
     indices = partial(_chunk, samples, batch_size, reading.shuffle)
     generators = tuple(generators_in(dataset))
     return Data(batches, steps=-(-samples // batch_size), generators=generators, draws=True, indices=indices)
+
+
+def _taken_from(parts: deque) -> Iterator[Any]:
+    while True:
+        yield parts.popleft()
+
+
+def _with_parts(batches: Iterable[Batch], parts: Iterable[Any]) -> Iterator[tuple]:
+    return ((*batch, part) for batch, part in zip(batches, parts, strict=False))
 
 
 # A generator of their own: `iter(DataLoader)` draws a number, which would change what the model draws after it.
@@ -334,9 +368,17 @@ def _open_loader(loader: DataLoader, reading: Reading) -> Data:
         return _see_through(loader, *seen, steps, reading)
     read, generators = _reader(reading), _generators_of(loader)
     if IndexedLoader.fits(loader):
-        indexed = IndexedLoader(loader)
-        options = {"indices": indexed.indices, "caveat": indexed.caveat}
-        return Data(partial(_mapped, read, indexed.batches), steps, generators=generators, draws=True, **options)
+        indexed = IndexedLoader(loader, reading.share)
+        options = {"generators": generators, "draws": True, "indices": indexed.indices, "caveat": indexed.caveat}
+        if not indexed.shares:
+            return Data(partial(_mapped, read, indexed.batches), steps, **options)
+        read_part = _reader(replace(reading, share=None))
+
+        def parts_of(number: int, start: int = 0) -> Iterator[tuple]:
+            parts: deque = deque()
+            return _with_parts(map(read_part, indexed.batches(number, start, parts)), _taken_from(parts))
+
+        return Data(parts_of, steps, **options)
     way_back = _way_back(loader if hasattr(loader, "state_dict") or loader.num_workers else loader.dataset)
     batches = partial(_mapped, read, lambda number, start: skipping(loader, start))
     return Data(batches, steps, generators=generators, draws=True, own_size=loader.batch_size, **way_back)
@@ -382,11 +424,14 @@ def _see_through(
         take_x, take_y, take_weight = _takers(parts, _select, reading.dtype)
         for batch, indices in enumerate(order, start):
             recent.note((number, batch, indices))
-            rows = torch.as_tensor(indices)
+            rows, part = torch.as_tensor(indices), ()
+            if reading.share is not None:
+                mine, *part = reading.share(len(rows))
+                rows = rows[mine]
             rows = rows if subset is None else subset[rows]
             if device.type == "cuda":  # from pinned memory the host need not wait for the copy
                 rows = rows.pin_memory().to(device, non_blocking=True)
-            yield take_x(rows), take_y and take_y(rows), take_weight and take_weight(rows)
+            yield take_x(rows), take_y and take_y(rows), take_weight and take_weight(rows), *part
 
     # A subset or a sampler of the user's own leaves some rows out, whose targets may be anything.
     targets = parts[1] if subset is None and _has_torchs_sampler(loader) else None
@@ -468,9 +513,22 @@ def _reader(reading: Reading, keeps_targets: bool = False) -> Callable[[Any], Ba
                 warn_of_nan(name, leaf)
         x, y, weight = to_tensors(raw, dtype)
         parts = x, map_structure(torch.clone, y) if keeps_targets else y, weight
-        return parts if table is None else weighted(parts, table, dtype)
+        parts = parts if table is None else weighted(parts, table, dtype)
+        return parts if reading.share is None else _part_of(parts, reading.share)
 
     return read
+
+
+def _part_of(batch: Batch, share: Callable) -> tuple:
+    """This process's part of a batch that was read whole."""
+    rows = len(next(leaves(batch[0])))
+    mine, part = share(rows)
+
+    def cut(leaf: Any) -> Any:
+        is_of_samples = isinstance(leaf, torch.Tensor) and leaf.ndim and len(leaf) == rows
+        return leaf[mine] if is_of_samples else leaf
+
+    return *(map_structure(cut, one) for one in batch), part
 
 
 def _named_parts(x: Any, y: Any, sample_weight: Any) -> list[tuple[str, Any]]:

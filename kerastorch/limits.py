@@ -15,6 +15,7 @@ from itertools import count
 from numbers import Integral, Real
 from typing import Any
 
+from .callbacks.base import SIGNALS
 from .checks import is_count, refuse_nonpositive
 from .durations import seconds
 
@@ -67,7 +68,8 @@ def limits(
 class Ending:
     """Whether a run is over, and why.
 
-    A stop that somebody asked for waits for the minimums; the maximums and signals wait for nothing.
+    A stop that somebody asked for waits for the minimums; the maximums and signals wait for nothing. What one of
+    several processes alone may know, a signal, the time or a wish, ends the run for all of them at the same step.
 
     Args:
         model: Its `stop_training` is a stop asked for.
@@ -85,12 +87,14 @@ class Ending:
 
     def __init__(self, model: Any, training: Any, limits: Limits, history: Any, position: Any) -> None:
         self.model, self.training, self.limits = model, training, limits
+        self._is_alone = training.ranks.world == 1
+        self._signal: str | None = None
         self.history, self.position = history, position
         self.epochs_done, self.is_announced = limits.first_epoch, False
         self.interrupted_by: str | None = None
-        self.is_near = limits.max_steps < math.inf or limits.max_time_s < math.inf
+        self.is_near = limits.max_steps < math.inf or limits.max_time_s < math.inf or not self._is_alone
         self.reason: str | None = None
-        self._deadline = time.monotonic() + limits.max_time_s
+        self._deadline, self._is_late = time.monotonic() + limits.max_time_s, False
 
     @property
     def is_interrupted(self) -> bool:
@@ -98,12 +102,35 @@ class Ending:
         return self.interrupted_by is not None
 
     def interrupt(self, by: str = "interrupt") -> None:
-        """A signal came."""
-        self.interrupted_by, self.is_near = self.interrupted_by or by, True
+        """A signal came: it ends the run once all processes know of it."""
+        self._signal, self.is_near = self._signal or by, True
+        if self._is_alone:
+            self.interrupted_by = self._signal
+
+    def heed(self, now: bool = True) -> None:
+        """Has each of several processes know what any of them wishes; called by all of them at the same place.
+
+        Args:
+            now: Whether they wait for one another; else what is known is what was wished at the call before.
+        """
+        if self._is_alone:
+            return
+        wishes = [self.model.stop_epoch, self.model.stop_training, time.monotonic() >= self._deadline]
+        wishes += [self._signal == name for name in SIGNALS]
+        agreed = self.training.ranks.agree(wishes, now)
+        self.model.stop_epoch, self.model.stop_training, self._is_late = agreed[:3]
+        signals = (name for name, was_sent in zip(SIGNALS, agreed[3:], strict=True) if was_sent)
+        self.interrupted_by = self.interrupted_by or next(signals, None)
+
+    def ends_epoch(self) -> bool:
+        """After a batch: whether it was the last one of its epoch."""
+        self.heed(now=self.model.may_stop_at_batches)  # where only a signal or the time can ask for it, nobody waits
+        return self.model.stop_epoch or self.is_due()
 
     def break_off(self) -> None:
         """An interruption came in the middle of a step: what was to be saved could not be gone on from."""
         self.interrupt()
+        self.interrupted_by = self._signal
         self.is_announced, self.history.stopped_by = True, self.interrupted_by
         self.position.waiting.clear()
 
@@ -116,6 +143,7 @@ class Ending:
 
     def is_over(self) -> bool:
         """Whether no other batch may follow; callbacks hear of it once, while what they save can be gone on from."""
+        self.heed()
         if self.is_due() and not self.is_announced:
             self.is_announced, self.history.stopped_by = True, self.reason
             for hook in self.training.hooks.on_train_pause:
@@ -129,7 +157,7 @@ class Ending:
             self.reason = self.interrupted_by
         elif self.training.steps >= self.limits.max_steps:
             self.reason = "max_steps"
-        elif time.monotonic() >= self._deadline:
+        elif self._is_late or (self._is_alone and time.monotonic() >= self._deadline):
             self.reason = "max_time"
         elif self.model.stop_training and self._has_minimum():
             self.reason = "stop_training"
@@ -202,6 +230,11 @@ class Portion:
 
     batches: int | None
     goes_on: bool = False
+
+    @property
+    def asked_for(self) -> int | None:
+        """The number of batches that was asked for; `None` = none was, but all or a part of those there are."""
+        return self.batches if self.goes_on else None
 
     def at_most(self, number: int, of: int | None) -> Portion:
         """The first so many of each pass, of which there are `of` batches."""

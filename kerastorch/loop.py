@@ -167,7 +167,7 @@ def train_epoch(
                 _validate_within(training, validation, ending)
             if position.waiting:
                 position.reach_safe_point()
-            if model.stop_epoch or ((model.stop_training or ending.is_near) and ending.is_due()):
+            if (model.stop_epoch or model.stop_training or ending.is_near) and ending.ends_epoch():
                 break
     except KeyboardInterrupt:
         if ending.is_interrupted:  # the second one: at once
@@ -215,7 +215,7 @@ def _validate_within(training: Recipe, validation: Validation, ending: Ending) -
     if ending.is_interrupted:
         return
     validation.latest = values
-    logs = training.tracker.logs(training.rates | validation.latest)
+    logs = training.tracker.means_so_far() | training.rates | validation.latest
     for hook in training.hooks.on_interval_end:
         hook(position.epoch, logs)
     validation.intervals.append({"epoch": position.epoch, "batch": position.batch - 1, **logs})
@@ -259,6 +259,8 @@ def evaluate(evaluation: Recipe, batches: Iterable, ending: Ending | None = None
             logs = tracker.logs({})
             for hook in hooks.on_test_batch_end:
                 hook(index, logs)
+        if ending is not None and ending.is_near:
+            ending.heed(now=False)
         if ending is not None and ending.is_interrupted:
             break
     if index < 0:
@@ -274,11 +276,17 @@ def evaluate(evaluation: Recipe, batches: Iterable, ending: Ending | None = None
 
 @torch.no_grad()
 def predict(
-    module: torch.nn.Module, network: Callable, hooks: Any, batches: Iterable, keeps_outputs: bool = True
+    module: torch.nn.Module,
+    network: Callable,
+    hooks: Any,
+    batches: Iterable,
+    gather: Callable[[Any], Any],
+    keeps_outputs: bool = True,
 ) -> list[Any]:
     """What the network, which is the module in its precision, returns for each batch, moved to the CPU at once.
 
-    Without `keeps_outputs` the hooks alone get it.
+    `gather` makes the whole of it from what each of several processes has. Without `keeps_outputs` the hooks alone get
+    it.
     """
     module.eval()
     outputs, index = [], -1
@@ -288,7 +296,7 @@ def predict(
         for hook in hooks.on_predict_batch_begin:
             hook(index, {})
         output = _without_objects(forward(network, x))
-        output = map_structure(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, output)
+        output = gather(map_structure(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, output))
         if keeps_outputs:
             outputs.append(output)
         for hook in hooks.on_predict_batch_end:

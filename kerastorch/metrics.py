@@ -6,11 +6,13 @@ torchmetrics do. Scores that torchmetrics has (`"auc"`, `"f1"`, ...) are torchme
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -52,22 +54,51 @@ class Stateful:
 
     def __init__(self, name: str, metric: Any = None, build: Callable | None = None) -> None:
         self.name, self.metric, self.joins = name, metric, build is not None
-        self._build, self._prepare = build, None
+        self._build, self._prepare, self._ranks = build, None, None
         self.prefix = ""  # of its name, and of the keys of a MetricCollection: the name of its output
         self._example: tuple[Any, Any] | None = None  # what it was built from
 
-    def update(self, output: Any, target: Any) -> None:
+    def place(self, ranks: Any) -> None:
+        """Has it measure where a backend has its tensors.
+
+        Raises:
+            TypeError: there are several processes, and it cannot say what it has measured together with others.
+        """
+        self._ranks = ranks
+        if self.metric is None:
+            return
+        if hasattr(self.metric, "to"):
+            self.metric.to(ranks.device)
+        parts = _torchmetrics_in(self.metric).values()
+        if ranks.world > 1 and not parts:
+            raise TypeError(
+                f"the metric {self.name!r} is a {type(self.metric).__name__}, whose state cannot be added up over "
+                f"{ranks.world} processes. Derive it from torchmetrics.Metric, or give a callable (output, target)."
+            )
+        for one in parts:  # else each `compute`, also that of one process alone, would wait for the others
+            one.sync_on_compute = one._to_sync = False
+
+    def update(self, output: Any, target: Any, counts: bool = True) -> None:
+        """Takes in a batch, or where it does not count, its shapes alone."""
         if self.metric is None:  # which variant it is shows in the shapes
             self._example = output[:1], target[:1]
             self.metric, self._prepare = self._build(output, target)
+            self.place(self._ranks)
+        if not counts:
+            return
         self.metric.update(*((output, target) if self._prepare is None else self._prepare(output, target)))
 
     def reset(self) -> None:
         if self.metric is not None:
             self.metric.reset()
 
-    def result(self) -> dict[str, Any]:
-        value = self.metric.compute()
+    def result(self, of_all: bool) -> dict[str, Any]:
+        """What it has measured: in all processes, which must ask together, or in this one alone."""
+        with ExitStack() as stack:
+            for one in _torchmetrics_in(self.metric).values() if of_all and self._ranks.world > 1 else ():
+                one._computed = None
+                stack.enter_context(one.sync_context(distributed_available=lambda: True))
+            value = self.metric.compute()
         if isinstance(value, Mapping):  # a MetricCollection
             return {f"{self.prefix}{name}": _plain(part) for name, part in value.items()}
         return {self.name: _plain(value)}
@@ -95,6 +126,7 @@ class Stateful:
         if self.metric is None and state:
             self._example = map_structure(lambda leaf: leaf.to(device), state["example"])
             self.metric, self._prepare = self._build(*self._example)
+            self.place(self._ranks)
         if "own" in state:
             self.metric.load_state_dict(state["own"])
         for name, one in _torchmetrics_in(self.metric).items() if "counted" in state else ():
@@ -102,6 +134,16 @@ class Stateful:
             one._update_count, one._computed = saved["updates"], None
             for key, value in saved["values"].items():
                 setattr(one, key, map_structure(lambda leaf: leaf.to(device), value))
+
+    def merged(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One state for what several processes have counted."""
+        total, *others = (copy.deepcopy(self) for _ in states)
+        total.load_state_dict(states[0], self._ranks.device)
+        for other, state in zip(others, states[1:], strict=True):
+            other.load_state_dict(state, self._ranks.device)
+            for own, more in zip(*(_torchmetrics_in(one.metric).values() for one in (total, other)), strict=True):
+                own.merge_state(more)
+        return total.state_dict()
 
 
 def _torchmetrics_in(metric: Any) -> dict[str, Any]:

@@ -73,12 +73,12 @@ class PiecewiseStep:
         samples = samples_in(batch[0])
         for piece in pieces(batch, size):
             x, target, weight = piece
-            piece_samples = samples_in(x)
+            piece_samples, counted = samples_in(x), recipe.ranks.samples_of(x)
             output, loss = recipe.compute(x, target, weight)
             for hook in recipe.hooks.on_before_backward:
                 hook(loss)
             shares = recipe.shares(loss, output, piece, piece_samples)
-            window.backward(shares, piece_samples / samples, recipe.backward)
+            window.backward(shares, piece_samples, samples, recipe.backward)
             for hook in recipe.hooks.on_after_backward:
                 hook()
             # Without the graph, whose nodes may hold more than torch frees after a backward pass; and of outputs that
@@ -86,7 +86,7 @@ class PiecewiseStep:
             values = recipe.tracker.values_of(loss.detach())
             output = map_structure(detached if recipe.tracker.measures else _shape_alone, output)
             del loss, shares
-            yield values, output, target, piece_samples, weight
+            yield values, output, target, counted, weight
 
     def _say(self, size: int, reason: str) -> None:
         if not self._has_said:

@@ -43,6 +43,7 @@ from .compilation import Compiled
 from .computation import Overridden
 from .data import Data, Reading, first_batches, in_order, open_data, peek, split_tail
 from .history import History
+from .launching import launch_verbs
 from .microbatch import PiecewiseStep
 from .overrides import OwnStep
 from .passes import Passes
@@ -51,7 +52,7 @@ from .position import Position
 from .precision import scaled_backward
 from .resume import Run, find_saved
 from .samples import generators_in
-from .seeding import random_state_kept
+from .seeding import random_state_kept, seed_of_order
 from .state import refuse_unlike, reshaped_of, restore, state_of
 from .step import (
     Recipe,
@@ -109,11 +110,14 @@ class Model:
         self._evaluation_tracker: Tracker | None = None
         self._running: Recipe | None = None
         self._own_step: OwnStep | None = None
+        self._compile_options: dict[str, Any] = {}
         self._training_data: Data | None = None
         self._training: Recipe | None = None
         self._dry_run_folder: Path | None = None
         self._live_run: Run | None = None
         self._ended_run: dict[str, Any] | None = None
+        if self.backend.starts_ranks:
+            launch_verbs(self)
 
     @property
     def history(self) -> History | None:
@@ -174,18 +178,17 @@ class Model:
             TypeError: an argument of a type not named above.
         """
         checks.refuse_nonpositive(tbptt_steps=tbptt_steps)
-        compiled = Compiled(
-            self.module,
-            self.backend.device,
-            optimizer=optimizer,
-            loss=loss,
-            precision_name=precision,
-            clip=clip,
-            lr=lr,
-            schedule=schedule,
-            jit=jit,
-            tbptt_steps=tbptt_steps,
-        )
+        options = {
+            "optimizer": optimizer,
+            "loss": loss,
+            "precision": precision,
+            "clip": clip,
+            "lr": lr,
+            "schedule": schedule,
+            "jit": jit,
+            "tbptt_steps": tbptt_steps,
+        }
+        compiled = Compiled(self.module, self.backend.device, **options)
         checks.refuse_combinations(compiled, jit, self._overrides("train_step"), self._overrides("compute_loss"))
         chosen_metrics = named_metrics.get(metrics, None if compiled.has_own_loss else compiled.loss, weighted_metrics)
         # A lazy module has no parameters yet, and a module without any can still be evaluated.
@@ -202,9 +205,10 @@ class Model:
         own_loss = self._own_loss if self._overrides("compute_loss") else None
         compiled.settle(own_loss, bool(chosen_metrics))
         self._compiled, self.optimizer = compiled, compiled.optimizer
+        self._compile_options = options | {"metrics": metrics, "weighted_metrics": weighted_metrics}
         # Two states: validation never counts into the running epoch. The user's own objects hold the evaluation's.
-        self._training_tracker = Tracker(compiled.logged_loss, copies(chosen_metrics), self.backend.device)
-        self._evaluation_tracker = Tracker(compiled.logged_loss, chosen_metrics, self.backend.device)
+        self._training_tracker = Tracker(compiled.logged_loss, copies(chosen_metrics), self.backend)
+        self._evaluation_tracker = Tracker(compiled.logged_loss, chosen_metrics, self.backend)
         named_losses.warn_of_final_softmax(self.module, compiled.loss)
         return self
 
@@ -355,9 +359,9 @@ class Model:
             taken, when = taken.at_most(dry_run, opened.steps), limits.Frequency()
             checked = checked and checked.at_most(dry_run, validated.steps)
 
-        params = {"verbose": verbose, "epochs": bounds.epochs, "steps": taken.batches}
+        params = {"verbose": self._shown(verbose), "epochs": bounds.epochs, "steps": taken.batches}
         opened = self._with_optimizer(opened)
-        hooks = self._hooks(callbacks, verbose, params)
+        hooks = self._hooks(callbacks, params)
         self._refuse_unfit(callbacks, validated is not None)
         training = self._training_recipe(self._training_tracker, hooks, accumulate, taken.batches, microbatch)
         step = self._step(training, accumulate, microbatch)
@@ -374,9 +378,9 @@ class Model:
             run = self._begin_run(training, step, opened, taken, validated, initial_epoch)
             saved = find_saved(resume, callbacks, run)
             goes_on = partial(run.go_on, *saved) if saved else None
-            steps = taken.batches if taken.goes_on else None
-            options = {"limits": bounds, "steps_per_epoch": steps, "validation": validation, "step": step}
-            return loop.fit(self, training, run.passes.epoch, self.history, run.position, resume=goes_on, **options)
+            options = {"validation": validation, "step": self.backend.alone(step), "resume": goes_on, "limits": bounds}
+            options["steps_per_epoch"] = taken.asked_for
+            return loop.fit(self, training, run.passes.epoch, self.history, run.position, **options)
 
     def train_on_batch(
         self,
@@ -415,7 +419,7 @@ class Model:
         with scopes.training(self, training, step, batch):
             loop.set_modes(training)
             open_windows(training, 0)
-            if step(training, next(self._batches(batch.batches(0)))):
+            if self.backend.alone(step)(training, next(self._batches(batch.batches(0)))):
                 optimizer_step(training, training.updates[""])
         return returned(self._evaluation_tracker.result(), return_dict)
 
@@ -453,10 +457,12 @@ class Model:
         callbacks = as_list(callbacks)
         may_enlarge = steps is None and not _hears_batches(callbacks, "test")
         opened = open_data(data, y, sample_weight, self._reading(batch_size, may_enlarge=may_enlarge))
-        hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
+        params = {"verbose": self._shown(verbose), "epochs": 1, "steps": steps or opened.steps}
+        hooks = self._hooks(callbacks, params)
         self._expect(opened)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
-        with scopes.computing(self), scopes.shown(self, evaluation), loop.announced_errors(hooks):
+        running = self.backend.running(self.module)
+        with running, scopes.computing(self), scopes.shown(self, evaluation), loop.announced_errors(hooks):
             logs = loop.evaluate(evaluation, self._batches(islice(opened.batches(0), steps), is_evaluated=True))
         return returned(logs, return_dict)
 
@@ -497,11 +503,13 @@ class Model:
         may_enlarge = steps is None and not _hears_batches(callbacks, "predict")
         wants_numpy = is_arrays(data) and not any(isinstance(leaf, Tensor) for leaf in leaves(data))
         opened = open_data(self._inputs(data), None, None, self._reading(batch_size, may_enlarge=may_enlarge))
-        hooks = self._hooks(callbacks, verbose, {"verbose": verbose, "epochs": 1, "steps": steps or opened.steps})
-        with scopes.computing(self), loop.announced_errors(hooks):
+        params = {"verbose": self._shown(verbose), "epochs": 1, "steps": steps or opened.steps}
+        hooks = self._hooks(callbacks, params)
+        with self.backend.running(self.module), scopes.computing(self), loop.announced_errors(hooks):
             batches = self.backend.feed(islice(opened.batches(0), steps))
             keeps_outputs = not any(getattr(callback, "takes_outputs", False) for callback in callbacks)
-            outputs = loop.predict(self.module, self._network(), hooks, batches, keeps_outputs)
+            network = self.backend.alone(self._network())
+            outputs = loop.predict(self.module, network, hooks, batches, self.backend.gather, keeps_outputs)
         if not keeps_outputs:
             return None
         joined = join(outputs, concatenated)
@@ -553,7 +561,7 @@ class Model:
         options = {"batch_size": batch_size, "sample_weight": sample_weight, "callbacks": callbacks}
         held_out = {"validation_data": validation_data, "validation_split": validation_split}
         findings = preflight.check(self, data, y, **options, **held_out)
-        if verbose == 1 or (verbose == "auto" and not is_notebook()):
+        if verbose == 1 or (self._shown(verbose) == "auto" and not is_notebook()):
             findings.print()
         return findings
 
@@ -578,7 +586,7 @@ class Model:
             ValueError: a `depth` or `input` that is none.
         """
         summary = summarize(self.module, input, depth=depth, batch_size=batch_size, optimizer=self.optimizer)
-        if verbose == 1 or (verbose == "auto" and not is_notebook()):
+        if verbose == 1 or (self._shown(verbose) == "auto" and not is_notebook()):
             summary.print()
         return summary
 
@@ -606,7 +614,7 @@ class Model:
             True
         """
         checkpoint.refuse_ending(path, is_weights=True)
-        checkpoint.write_weights(path, self.module.state_dict())
+        self._write(checkpoint.write_weights, path, self.module.state_dict())
 
     def load_weights(self, path: str | os.PathLike, *, strict: bool = True, skip_mismatch: bool = False) -> Model:
         """Puts weights into the module; optimizer and all else stay as they are.
@@ -647,7 +655,22 @@ class Model:
             OSError: it cannot be written; a file that was there is as it was.
         """
         checkpoint.refuse_ending(path, is_weights=False)
-        checkpoint.write(path, state_of(self, self._callbacks))
+        self._write(checkpoint.write, path, state_of(self, self._callbacks))
+
+    def _write(self, write: Callable, path: str | os.PathLike, state: Mapping[str, Any]) -> None:
+        """Has rank 0 write a file; the others wait for it, and fail where it does."""
+        error = None
+        try:
+            if self.backend.rank == 0:
+                write(path, state)
+            elif Path(path).is_relative_to(self.backend.scratch):  # what callbacks look after as rank 0's do
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                Path(path).touch()
+        except Exception as failure:
+            error = failure
+        error = self.backend.share_failure(error)
+        if error is not None:
+            raise error
 
     def load(self, path: str | os.PathLike) -> Model:
         """Puts back what `save` wrote, but for the states of callbacks.
@@ -746,10 +769,22 @@ class Model:
         else:
             self._live_run.position.waiting.append(function)
 
+    def of_all_ranks(self, logs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The logs of a batch, which each of several processes has of its own part, over all; all of them must ask."""
+        if self.backend.world == 1 or self._training is None:
+            return logs
+        return self._training.tracker.means_so_far() | self._training.rates
+
     @property
     def batch_indices(self) -> list[int] | None:
         """The numbers in the data of the samples in the running batch of `fit`; `None` where that is not known."""
         return None if self._live_run is None else self._live_run.passes.indices
+
+    @property
+    def may_stop_at_batches(self) -> bool:
+        """Whether callbacks of the running `fit`, or steps of the user's own, may ask for an end after any batch."""
+        has_own = self._overrides("train_step") or self._overrides("compute_loss")
+        return has_own or _hears_batches(self._callbacks, "train")
 
     @property
     def is_dry_run(self) -> bool:
@@ -758,11 +793,11 @@ class Model:
 
     def path_for(self, path: str | os.PathLike) -> Path:
         """Where a callback shall write a file: `path` itself, or in a dry run a place that is gone afterwards."""
-        path = Path(path)
-        if self._dry_run_folder is None:
-            return path
+        folder = self._dry_run_folder or self.backend.scratch
+        if folder is None:
+            return Path(path)
         path = Path(os.path.abspath(path))  # without "..", which would lead out of the folder
-        return self._dry_run_folder / path.relative_to(path.anchor)
+        return Path(folder) / path.relative_to(path.anchor)
 
     @property
     def gradient_norm(self) -> Tensor | dict[str, Tensor] | None:
@@ -860,9 +895,10 @@ class Model:
         output, loss = self._compiled.compute(x, y, weight)
         self._running.tracker.add(loss, output, y, self._running.samples, weight)
         if self._compiled.logged_loss.is_gathered:
-            shares = self._running.shares(loss, output, (x, y, weight), self._running.samples)
+            rows = samples_in(x)
+            shares = self._running.shares(loss, output, (x, y, weight), rows)
             if len(shares) == 1 and shares[0].count is not None:
-                self._stepping("train_step").weigh(shares[0].count, loss)
+                self._stepping("train_step").weigh(shares[0].count, loss, rows)
         self.backward(loss)
         self.optimizer_step()
 
@@ -901,7 +937,7 @@ class Model:
         return getattr(getattr(self, name), "__func__", None) is not getattr(Model, name)
 
     def _own_loss(self, batch: tuple) -> Any:
-        self._running.samples = samples_in(batch[0])
+        self._running.samples = self.backend.samples_of(batch[0])
         return self.compute_loss(batch)
 
     def get_weights(self) -> list[np.ndarray]:
@@ -930,6 +966,7 @@ class Model:
             # The names that Hugging Face's datasets give to targets; a module with a loss of its own takes them itself.
             targets=() if self._compiled is not None and self._compiled.has_own_loss else ("labels", "label"),
             hold=self.backend.hold,
+            share=self.backend.share,
             evaluating=may_enlarge and self._treats_samples_alone(),
             **options,
         )
@@ -1000,20 +1037,23 @@ class Model:
 
     def _recipe(self, tracker: Tracker, hooks: Any) -> Recipe:
         compute, shares = self._compiled.compute_evaluated, self._compiled.logged_loss.shares
-        return Recipe(self.module, compute, shares, tracker, hooks, device=self.backend.device)
+        return Recipe(
+            self.module, self.backend.alone(compute), shares, tracker, hooks, self.backend, device=self.backend.device
+        )
 
     def _training_recipe(
         self, tracker: Tracker, hooks: Any, accumulate: int | Mapping[int, int], batches: int | None, pieces: Any = None
     ) -> Recipe:
         recipe, compiled = self._recipe(tracker, hooks), self._compiled
-        recipe.compute, recipe.updates, recipe.scaler = compiled.compute, compiled.updates, compiled.scaler
+        recipe.updates, recipe.scaler = compiled.updates, compiled.scaler
+        recipe.compute = compiled.compute
         if recipe.scaler is not None:
             recipe.backward = partial(scaled_backward, recipe.scaler)
         recipe.frozen = self._frozen
         recipe.size_of = partial(checks.size_at, accumulate)
         recipe.batches, recipe.gathers_pieces = batches, pieces is not None
         if self._running is None:
-            compiled.gather(accumulate != 1 or pieces is not None)
+            compiled.gather(accumulate != 1 or pieces is not None or self.backend.share is not None)
         return recipe
 
     def _step(self, training: Recipe, accumulate: Any = 1, microbatch: int | str | None = None) -> Callable:
@@ -1025,7 +1065,11 @@ class Model:
         if optimizers.needs_closure(self.optimizer):
             checks.refuse_gathering(type(self.optimizer).__name__, accumulate, microbatch)
             return closure_step
-        return forward_backward if microbatch is None else PiecewiseStep(microbatch)
+        if microbatch is not None:
+            return PiecewiseStep(microbatch)
+        if compiled.is_plain:
+            training.compute = compiled.over(self.backend.network(self.module))
+        return forward_backward
 
     def _begin_schedules(self, training: Recipe, batches: int | None, accumulate: Any, bounds: limits.Limits) -> None:
         """Starts the schedules of a run, over as many optimizer steps as it will have."""
@@ -1062,6 +1106,7 @@ class Model:
             raise RuntimeError(
                 "fit was called by a callback while the same model trains. Train another, or call it later."
             )
+        self._refuse_other_ranks(opened, validated)
         position = Position(epoch)
         feed = self._batches if opened.own is None else partial(self._batches, ahead=False)
         looks_ahead = self.backend.looks_ahead and opened.own is None
@@ -1076,7 +1121,7 @@ class Model:
         return self._ended_run if self._live_run is None else self._live_run.state_dict()
 
     def _batches(self, batches: Iterable, is_evaluated: bool = False, ahead: bool = True) -> Iterator:
-        fed = self.backend.feed(batches) if ahead else map(self.backend.move, batches)
+        fed = self.backend.feed(batches, ahead)
         if not self._compiled.has_own_loss:
             return fed
         is_plain = not self._overrides("compute_loss") and (is_evaluated or not self._overrides("train_step"))
@@ -1139,9 +1184,27 @@ class Model:
                 checks.refuse_unknown_monitor(update.schedule.schedule, known, is_validated)
         checks.refuse_unknown_monitors(callbacks, names, is_validated)
 
-    def _hooks(self, callbacks: list[Any], verbose: int | str, params: dict[str, Any]) -> Any:
-        callbacks = nan_finders() + callbacks + progress_for(verbose, callbacks)
-        hooks = hooks_of(callbacks)
+    def _refuse_other_ranks(self, *data: Data | None) -> None:
+        """All processes must train on the same data, of which each takes its part."""
+        if self.backend.world == 1:
+            return
+        seen = [None if one is None else (one.steps, _fingerprint(one.targets)) for one in data]
+        of_ranks = self.backend.collect([seed_of_order(), *seen])
+        for rank, found in enumerate(of_ranks):
+            for what, own, first in zip(("kt.set_seed", "data", "validation_data"), found, of_ranks[0], strict=True):
+                if own != first:
+                    raise ValueError(
+                        f"rank {rank} was given another {what} than rank 0: {own} instead of {first}. Give all ranks "
+                        f"the same; each takes its part of every batch."
+                    )
+
+    def _shown(self, verbose: int | str) -> int | str:
+        return verbose if self.backend.rank == 0 else 0
+
+    def _hooks(self, callbacks: list[Any], params: dict[str, Any]) -> Any:
+        callbacks = nan_finders() + callbacks + progress_for(params["verbose"], callbacks)
+        called = [one for one in callbacks if self.backend.rank == 0 or not getattr(one, "rank_zero_only", False)]
+        hooks = hooks_of(called)
         for callback in callbacks:
             for method, argument in (("set_params", params), ("set_model", self)):
                 if hasattr(callback, method):
@@ -1160,6 +1223,12 @@ NO_HOOKS = hooks_of(())
 
 def _is_lazy(module: nn.Module) -> bool:
     return any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters())
+
+
+def _fingerprint(targets: Any) -> list[float]:
+    """A few numbers that other targets would not have; none where they are not in memory."""
+    ends = (leaf[index] for leaf in leaves(targets) for index in (0, len(leaf) // 2, -1))
+    return [float(one.double().nan_to_num().sum()) for one in ends]
 
 
 def _hears_batches(callbacks: list[Any], stage: str) -> bool:

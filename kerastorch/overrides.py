@@ -16,7 +16,7 @@ from .accumulation import Parked
 from .checks import refuse_no_number
 from .optimizers import needs_closure
 from .precision import LOW, Precision, autocast
-from .step import Batch, Recipe, Update, loss_scale, move_after_step, optimizer_step, samples_in, update_scale
+from .step import Batch, Recipe, Update, loss_scale, move_after_step, optimizer_step, update_scale
 
 KEPT = ("first_samples", "batches", "calls", "has_stepped", "in_window")  # what goes on from one batch to the next
 
@@ -54,8 +54,9 @@ class OwnStep:
 
     def __call__(self, recipe: Recipe, batch: Batch) -> bool:
         x, target, weight = batch
-        samples = recipe.samples = len(x) if isinstance(x, Tensor) else samples_in(x)
-        self._first_samples, before = self._first_samples or samples, recipe.tracker.samples
+        samples = recipe.samples = recipe.ranks.samples_of(x)
+        self._first_samples = self._first_samples or recipe.ranks.expected(1, samples)
+        before = recipe.tracker.samples
         if recipe.window is not None:
             self._park()
         self._weight = samples / self._first_samples  # how much the batch counts in its window
@@ -100,10 +101,11 @@ class OwnStep:
     def _park(self) -> None:
         """Here it is calls of `optimizer_step` that fill a window, which is new in each epoch."""
         single, size, self.recipe.window = self.recipe.updates[""], self.recipe.window.size, None
-        single.parked = Parked(single.parameters, size)
+        single.parked = Parked(single.parameters, size, self.recipe.ranks)
 
-    def weigh(self, count: int | Tensor, loss: Tensor) -> None:
+    def weigh(self, count: int | Tensor, loss: Tensor, rows: int) -> None:
         """Has the batch count by what its loss is the mean over, say unmasked targets, instead of its samples."""
+        count, _ = self.recipe.ranks.counts(count, rows, rows)
         # In the dtype of the loss: the quotient of whole numbers would be a float32.
         count = count.to(loss.dtype) if isinstance(count, Tensor) else count
         self._weight = count / self._first_samples

@@ -166,7 +166,8 @@ class Passes:
 
     def _noting_the_end(self, batches: Iterator) -> Iterator:
         for batch in batches:
-            self._is_over = len(next(leaves(batch[0]))) < self.data.own_size
+            samples = len(next(leaves(batch[0]))) if len(batch) == 3 else batch[3].whole
+            self._is_over = samples < self.data.own_size
             yield batch
 
     def _noting(self, batches: Iterator) -> Iterator:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .accumulation import merged_parked, merged_windows
 from .checkpoint import read
 from .passes import Passes
 from .position import Position
@@ -65,8 +66,15 @@ class Run:
             "rates": dict(training.rates),
             "is_scale_due": training.is_scale_due,
             "unproven": [tracker.is_unproven for tracker in self._trackers],
-            "within_epoch": self._within_epoch() if position.batch else None,
+            **self._of_ranks(),
         }
+
+    def _of_ranks(self) -> dict[str, Any]:
+        """What each process has for itself: of rank 0, as if it were alone, and of all where there are several."""
+        backend = self.model.backend
+        own = {"within_epoch": self._within_epoch() if self.position.batch else None, "random": backend.own_random}
+        ranks = backend.collect(own) if backend.world > 1 else []
+        return {"within_epoch": own["within_epoch"], "ranks": ranks}
 
     def refuse_other(self, saved: Mapping[str, Any], source: str) -> None:
         """Says before anything begins that a state is none to go on from.
@@ -119,10 +127,34 @@ class Run:
         # A batch that is measured to prove that it can be is added up by itself: sums would be rounded otherwise.
         for tracker, is_unproven in zip(self._trackers, run.get("unproven", []), strict=False):
             tracker.is_unproven = is_unproven
-        if run["within_epoch"] is not None:
-            self._go_on_within_epoch(run["within_epoch"])
+        within_epoch = self._taken_up(run)
+        if within_epoch is not None:
+            self._go_on_within_epoch(within_epoch)
         self.passes.load_state_dict(run["data"], run["random"])
         set_random_state(run["random"], self.generators)
+
+    def _taken_up(self, run: Mapping[str, Any]) -> dict[str, Any] | None:
+        """This process's part of what is known of the epoch: its own, or another one of as many as there are now."""
+        backend, ranks = self.model.backend, run.get("ranks") or [{"within_epoch": run["within_epoch"], "random": None}]
+        if len(ranks) == backend.world:
+            backend.own_random = ranks[backend.rank]["random"]
+            return ranks[backend.rank]["within_epoch"]
+        if run["within_epoch"] is None:
+            return None
+        return self._merged([one["within_epoch"] for one in ranks])
+
+    def _merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """What other processes had of an epoch: rank 0 takes all of it, the others none."""
+        is_first, scale = self.model.backend.rank == 0, len(states) / self.model.backend.world
+        merged = dict(states[0])
+        merged["tracker"] = self.training.tracker.merged([one["tracker"] for one in states], is_first)
+        gradients = [one["gradients"] for one in states] if is_first else []
+        merged["gradients"] = _added(gradients)
+        windows = [one["window"] for one in states]
+        merged["window"] = windows[0] and merged_windows(windows, is_first, scale)
+        parked = [one["parked"] for one in states]
+        merged["parked"] = {name: merged_parked([one[name] for one in parked], is_first) for name in parked[0]}
+        return merged
 
     def _within_epoch(self) -> dict[str, Any]:
         """What is forgotten when an epoch is over."""
@@ -170,6 +202,11 @@ class Run:
             warnings.warn(f"going on from within an epoch is not exact: {reason}.", stacklevel=2)
 
 
+def _added(trees: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = {name for tree in trees for name in tree}
+    return {name: sum(tree[name] for tree in trees if name in tree) for name in names}
+
+
 def find_saved(resume: Any, callbacks: Sequence[Any], run: Run) -> tuple[dict[str, Any], str] | None:
     """The state to go on from, and the name of its file; `None` = there is none, a run begins.
 
@@ -184,7 +221,7 @@ def find_saved(resume: Any, callbacks: Sequence[Any], run: Run) -> tuple[dict[st
         OSError: there is no such file.
         TypeError, ValueError: the file is damaged or something else; or no callback writes files to go on from.
     """
-    saved = _found(resume, callbacks)
+    saved = _found(resume, callbacks, run.model.backend.collect)
     if saved is not None:
         refuse_incomplete(*saved)
         run.refuse_other(*saved)
@@ -192,7 +229,7 @@ def find_saved(resume: Any, callbacks: Sequence[Any], run: Run) -> tuple[dict[st
     return saved
 
 
-def _found(resume: Any, callbacks: Sequence[Any]) -> tuple[dict[str, Any], str] | None:
+def _found(resume: Any, callbacks: Sequence[Any], collect: Callable) -> tuple[dict[str, Any], str] | None:
     if isinstance(resume, (str, os.PathLike)):
         return read(resume), repr(str(resume))
     if resume is False:
@@ -205,7 +242,8 @@ def _found(resume: Any, callbacks: Sequence[Any]) -> tuple[dict[str, Any], str] 
     if resume:
         _refuse_no_savers(callbacks)
         files += [path for one in callbacks if hasattr(one, "saved_files") for path in one.saved_files()]
-    return _first_readable(sorted({*files}, key=lambda path: path.stat().st_mtime_ns, reverse=True))
+    files = sorted({*files}, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return _first_readable([Path(path) for path in collect([str(path) for path in files])[0]])  # those of rank 0
 
 
 def _refuse_no_savers(callbacks: Sequence[Any]) -> None:

@@ -113,12 +113,15 @@ class IndexedLoader:
 
     Args:
         loader: One that `fits`; it is left as it is.
+        share: Samples of a batch -> which of them to load, and what the batch then counts; `None` = all.
     Attributes:
         caveat: What cannot be exact in a run that goes on within a pass; `None` = nothing.
+        shares: Whether it takes its share by the numbers of the samples, so that the others are not loaded.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader, self._recent = loader, Recent()
+    def __init__(self, loader: DataLoader, share: Callable[[int], tuple[slice, Any]] | None = None) -> None:
+        self.loader, self._recent, self._share = loader, Recent(), share
+        self.shares = share is not None and loader.batch_sampler is not None and loader.in_order
         self.indices = self._recent.of
         self.caveat = _caveat(loader)
         if loader not in _whole:
@@ -131,10 +134,17 @@ class IndexedLoader:
         own = (type(loader).__iter__, type(loader)._get_iterator) == (DataLoader.__iter__, DataLoader._get_iterator)
         return own and not isinstance(loader.dataset, IterableDataset)
 
-    def batches(self, number: int, start: int) -> Iterator[Any]:
-        """The batches of a pass from one on; those before it are not loaded."""
+    def batches(self, number: int, start: int, parts: deque | None = None) -> Iterator[Any]:
+        """The batches of a pass from one on; those before it are not loaded.
+
+        Args:
+            number: Of the pass.
+            start: Number of the first batch.
+            parts: Where it puts, in their order, what its shares of the batches count; `None` = it takes all of them.
+        """
         loader = self.loader
-        options = {"recent": self._recent, "is_seeded": loader.num_workers > 0}
+        options = {"recent": self._recent, "is_seeded": loader.num_workers > 0, "parts": parts}
+        options["share"] = None if parts is None else self._share
         if start or loader.persistent_workers:
             self._draw(number)
         if not start:
@@ -191,21 +201,29 @@ class _Keys:
         finally:
             self.is_busy = False
 
-    def begin(self, number: int, recent: Recent, is_seeded: bool, start: int = 0) -> None:
+    def begin(
+        self, number: int, recent: Recent, is_seeded: bool, share: Any, parts: deque | None, start: int = 0
+    ) -> None:
         self.number, self.recent, self.is_seeded, self.start = number, recent, is_seeded, start
+        self.share, self.parts = share, parts
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __iter__(self) -> Iterator[Any]:
-        number, note = self.number, self.recent.note
+        number, note, share, parts = self.number, self.recent.note, self.share, self.parts
         for batch, samples in enumerate(self.order, self.start):
             note((number, batch, samples))
-            if not self.is_seeded:
-                yield samples
-            elif self.is_batched:
+            mine = slice(None)
+            if share is not None:
                 samples = list(samples)
-                yield list(zip(sample_seeds(number, batch, len(samples)), samples, strict=True))
+                mine, part = share(len(samples))
+                parts.append(part)
+            if not self.is_seeded:
+                yield samples if share is None else samples[mine]
+            elif self.is_batched:
+                samples = list(samples)  # whose seeds do not depend on who loads them
+                yield list(zip(sample_seeds(number, batch, len(samples)), samples, strict=True))[mine]
             else:
                 yield sample_seeds(number, batch, 1)[0], samples
 

@@ -28,7 +28,8 @@ def training(model: Any, recipe: Recipe, step: Callable, data: Any) -> Iterator[
     is_nested = model._running is not None  # a batch that a callback trains on: the run around it goes on after it
     gradients = [(parameter, parameter.grad if is_nested else None) for parameter in model.module.parameters()]
     _drop_gradients(model)  # what a loop by hand before this one left there
-    with computing(model), _as_before_unless_trained(model, recipe), shown(model, recipe):
+    running = model.backend.running(model.module)
+    with running, computing(model), _as_before_unless_trained(model, recipe), shown(model, recipe):
         outer = model._training_data, model._own_step, model._training
         live = model._live_run
         model._training_data, model._own_step = data, step if isinstance(step, OwnStep) else None

@@ -169,6 +169,11 @@ def random_state_kept(generators: Iterable[Generator] = ()) -> Iterator[None]:
         set_random_state(before, generators)
 
 
+def seed_of_order() -> int | None:
+    """What `set_seed` was given; `None` = it was not called, and torch's own seed decides."""
+    return _order_seed
+
+
 def epoch_order(samples: int, epoch: int) -> torch.Tensor:
     """The order of one epoch: a permutation that depends on the seed and the number of the epoch alone.
 

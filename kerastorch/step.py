@@ -65,6 +65,7 @@ class Recipe:
         shares: `(loss, output, batch, samples)` -> what the loss is the mean over.
         tracker: Where loss and metrics are summed.
         hooks: Name of a hook -> the functions to call, from `callbacks.base.hooks_of`.
+        ranks: The backend: which part of each batch this process has, and what becomes of gradients of parts.
         updates: Name of an optimizer -> its update; empty where nothing is trained, one named `""` where it is alone.
         backward: `(loss, retain_graph=...)`: puts gradients into the parameters.
         device: Where it all is.
@@ -85,6 +86,7 @@ class Recipe:
     shares: Callable[[Tensor, Any, Batch, int], list[Share]]
     tracker: Tracker
     hooks: SimpleNamespace
+    ranks: Any
     updates: dict[str, Update] = field(default_factory=dict)
     backward: Callable[..., None] = Tensor.backward
     device: torch.device = torch.device("cpu")
@@ -102,18 +104,19 @@ class Recipe:
 
 def open_windows(recipe: Recipe, epoch: int) -> None:
     """Before an epoch: decides how many batches make a step in it."""
-    size, single = recipe.size_of(epoch), recipe.updates.get("")
-    is_gathered = size > 1 or recipe.gathers_pieces
-    recipe.window = Window(single.parameters, size, recipe.batches) if single is not None and is_gathered else None
+    size, ranks, single = recipe.size_of(epoch), recipe.ranks, recipe.updates.get("")
+    is_gathered = size > 1 or ranks.share is not None
+    has_window = single is not None and (is_gathered or recipe.gathers_pieces)
+    recipe.window = Window(single.parameters, size, ranks, recipe.batches) if has_window else None
     for name, update in recipe.updates.items():
-        update.parked = Parked(update.parameters, size) if name and size > 1 else None
+        update.parked = Parked(update.parameters, size, ranks) if name and is_gathered else None
 
 
 def forward_backward(recipe: Recipe, batch: Batch) -> bool:
     """Adds the gradient of one batch; says whether its window is full. Nothing in here waits for the device."""
     x, target, weight = batch
     hooks, window = recipe.hooks, recipe.window
-    samples = len(x) if isinstance(x, Tensor) else samples_in(x)
+    samples = recipe.ranks.samples_of(x)
     output, loss = recipe.compute(x, target, weight)
     # Before the update: a metric that does not fit the data fails while nothing has changed.
     recipe.tracker.add(loss, output, target, samples, weight)
@@ -122,7 +125,8 @@ def forward_backward(recipe: Recipe, batch: Batch) -> bool:
     if window is None:
         recipe.backward(loss)
     else:
-        window.backward(recipe.shares(loss, output, batch, samples), 1.0, recipe.backward)
+        rows = samples_in(x)
+        window.backward(recipe.shares(loss, output, batch, rows), rows, rows, recipe.backward)
     for hook in hooks.on_after_backward:
         hook()
     return window is None or window.count_batch()
@@ -214,11 +218,14 @@ def closure_step(recipe: Recipe, batch: Batch) -> bool:
             parameter.grad = None
         output, loss = recipe.compute(x, target, weight)
         if is_first:
-            recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x), weight)
+            recipe.tracker.add(loss, output, target, recipe.ranks.samples_of(x), weight)
             is_first = False
         for hook in hooks.on_before_backward:
             hook(loss)
-        recipe.backward(loss)
+        if recipe.window is None:
+            recipe.backward(loss)
+        else:
+            loss = recipe.window.whole(recipe.shares(loss, output, batch, samples_in(x)), samples_in(x))
         for hook in hooks.on_after_backward:
             hook()
         if update.clip is not None:
@@ -233,7 +240,7 @@ def evaluation_step(recipe: Recipe, batch: Batch) -> None:
     """Loss and metrics of one batch; called without grad and in eval mode."""
     x, target, weight = batch
     output, loss = recipe.compute(x, target, weight)
-    recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x), weight)
+    recipe.tracker.add(loss, output, target, recipe.ranks.samples_of(x), weight)
 
 
 def forward(module: nn.Module, x: Any) -> Any:

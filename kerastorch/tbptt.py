@@ -32,15 +32,20 @@ class TruncatedStep:
         self.compute, self.steps = compute, steps
 
     def __call__(self, recipe: Recipe, batch: Batch) -> bool:
-        length, samples, state = _length(batch), samples_in(batch[0]), None
-        for x, target, weight in pieces(batch, length, self.steps):
+        length, samples, state = _length(batch), recipe.ranks.samples_of(batch[0]), None
+        for piece in pieces(batch, length, self.steps):
+            x, target, weight = piece
             output, loss, state = self.compute(x, target, weight, state)
             state = map_structure(detached, state)
             # A short last piece counts as long as it is.
             recipe.tracker.add(loss, output, target, samples * _length((x, target)), weight)
             for hook in recipe.hooks.on_before_backward:
                 hook(loss)
-            recipe.backward(loss)
+            if recipe.window is None:
+                recipe.backward(loss)
+            else:
+                rows = samples_in(x)
+                recipe.window.backward(recipe.shares(loss, output, piece, rows), rows, rows, recipe.backward)
             for hook in recipe.hooks.on_after_backward:
                 hook()
             optimizer_step(recipe, recipe.updates[""])

@@ -7,7 +7,8 @@ cost of a metric is a few operations per `MAX_PENDING` steps instead of a few pe
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -30,11 +31,11 @@ class Tracker:
     Args:
         loss: What the losses given to `add` came from: says by `masks` and `units` what they are means over.
         metrics: Pairs of the key of an output (`None` = the only one) and a `Mean` or `Stateful`.
-        device: Where the sums are kept.
+        ranks: The backend: has the device where the sums are kept, and adds up those of several processes.
     """
 
-    def __init__(self, loss: Loss | SumOfLosses | Any, metrics: list[tuple[Any, Mean | Stateful]], device: Any) -> None:
-        self.loss = loss
+    def __init__(self, loss: Loss | SumOfLosses | Any, metrics: list[tuple[Any, Mean | Stateful]], ranks: Any) -> None:
+        self.loss, self.ranks = loss, ranks
         self.means = [(key, metric) for key, metric in metrics if isinstance(metric, Mean)]
         self.stateful = [(key, metric) for key, metric in metrics if isinstance(metric, Stateful)]
         self.names = [metric.name for _, metric in metrics]
@@ -42,10 +43,9 @@ class Tracker:
         self._has_weighted = any(metric.is_weighted for _, metric in self.means)
         self.joins = all(metric.joins for _, metric in metrics) and not self._has_parts and not self._has_weighted
         # Sums in float64: in float32 a count stops growing at 2**24 samples. MPS has no float64.
-        self.dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        self.dtype = torch.float32 if ranks.device.type == "mps" else torch.float64
         for _, metric in self.stateful:
-            if hasattr(metric.metric, "to"):
-                metric.metric.to(device)
+            metric.place(ranks)
         self.measures = bool(metrics)
         self._keeps_outputs = self.measures or not isinstance(loss, OwnLoss)  # which tells by the targets what it masks
         self.expect()
@@ -82,7 +82,7 @@ class Tracker:
             loss: Its mean loss, a scalar that was computed just now; or what `values_of` made of one computed before.
             output: What the module returned.
             target: Its targets.
-            samples: How many samples it has.
+            samples: How many samples it has; 0 = this process has none of the batch, and one in their place.
             weight: Their weights.
         """
         if self._keeps_outputs:
@@ -143,9 +143,17 @@ class Tracker:
         return Logs(read)
 
     def result(self) -> dict[str, Any]:
-        """The means of everything added since `reset`: the one read of an epoch."""
+        """The means of everything added since `reset`, by all processes: the one read of an epoch."""
         self._flush()
-        return self._read(self._sums, self.logged)
+        return self._read(*self._of_all(self._sums, self.logged), of_all=True)
+
+    def means_so_far(self) -> dict[str, Any]:
+        """The means so far, of all processes, which must ask together; read at once, and nothing is summed for it."""
+        if self.stateful:
+            return self.result()
+        pending = self._pending
+        sums = _add(self._sums, self._measure(pending, self._batch_samples)) if pending else self._sums
+        return self._read(*self._of_all(sums, self.logged), of_all=True)
 
     def state_dict(self) -> dict[str, Any]:
         """All that was taken in since `reset`, as it is kept: tensors and plain data."""
@@ -170,6 +178,29 @@ class Tracker:
             metric.load_state_dict(saved, device)
         self.is_unproven = self.is_unproven and not self.has_batches  # else sums would be of other portions
 
+    def merged(self, states: Sequence[Mapping[str, Any]], is_first: bool) -> dict[str, Any]:
+        """The state for one of another number of processes: what all took in goes to the first of them, summed up."""
+        self.reset()
+        empty = self.state_dict()
+        if not is_first:
+            return empty
+        found: list[dict[str, Any]] = []
+        for state in states:
+            self.reset()
+            self.load_state_dict(state, self.ranks.device)
+            self._flush()
+            found.append(copy.deepcopy(self.state_dict()))
+        self.reset()
+        sums = [one["sums"] for one in found if one["sums"] is not None]
+        logged = [one["logged"] for one in found]
+        counted = zip(*(one["stateful"] for one in found), strict=True)
+        return empty | {
+            "sums": reduce(_add, sums) if sums else None,
+            "logged": {name: reduce(_plus, [one[name] for one in logged if name in one]) for name in logged[0]},
+            "samples": sum(one["samples"] for one in found),
+            "stateful": [metric.merged(of) for (_, metric), of in zip(self.stateful, counted, strict=True)],
+        }
+
     @torch.no_grad()
     def _flush(self) -> None:
         if self._pending:
@@ -177,7 +208,15 @@ class Tracker:
             self._sums = _add(self._sums, self._measure(pending, self._batch_samples))
             for _, output, target, _ in _joined(pending):
                 for key, metric in self.stateful:
-                    metric.update(_at(output, key), _at(target, key))
+                    metric.update(_at(output, key), _at(target, key), counts=self._batch_samples > 0)
+
+    def _of_all(self, sums: tuple[Sums, ...] | None, logged: dict[str, Sums]) -> tuple:
+        """Sums and what was logged, of all processes."""
+        pairs = [*(sums or ()), *logged.values()]
+        values = self.ranks.sum([value for pair in pairs for value in pair])
+        pairs = [*zip(values[::2], values[1::2], strict=True)]
+        number = len(pairs) - len(logged)
+        return tuple(pairs[:number]) or None, dict(zip(logged, pairs[number:], strict=True))
 
     def _measure(self, pending: list[tuple], samples: int) -> tuple[Sums, ...]:
         """Sums and counts of batches of one shape: the losses' first, then each `Mean`'s."""
@@ -187,6 +226,8 @@ class Tracker:
                 metric.function(_at(output, key), _at(target, key), _weight_at(weight, key, metric))
                 for key, metric in self.means
             ]
+        if not samples:  # of one in the place of none
+            return tuple((torch.zeros_like(total, dtype=self.dtype), 0) for total, _ in sums)
         return tuple((total.to(self.dtype), number) for total, number in sums)
 
     def _loss_sums(self, pending: list[tuple], samples: int) -> list[Sums]:
@@ -199,7 +240,7 @@ class Tracker:
         losses = torch.stack([loss for loss, *_ in pending]).to(self.dtype)
         return [_loss_sum(self.loss, losses, pending[0][1], [target for _, _, target, _ in pending], samples)]
 
-    def _read(self, sums: tuple[Sums, ...] | None, logged: dict[str, Sums]) -> dict[str, Any]:
+    def _read(self, sums: tuple[Sums, ...] | None, logged: dict[str, Sums], of_all: bool = False) -> dict[str, Any]:
         own = _means(logged)
         if sums is None:
             return own
@@ -216,7 +257,7 @@ class Tracker:
         of_metrics = zip(self.means, measures, strict=True)
         measured = {metric.name: metric.finish(mean) for (_, metric), mean in of_metrics}
         for _, metric in self.stateful:
-            measured.update(metric.result())
+            measured.update(metric.result(of_all))
         return values | own | _in_order(measured, self.names)
 
 
@@ -224,7 +265,11 @@ def _means(logged: dict[str, Sums]) -> dict[str, float]:
     """Means of what was logged, in one read from the device."""
     on_device = {name: total.reshape(()) for name, (total, _) in logged.items() if isinstance(total, Tensor)}
     read = dict(zip(on_device, torch.stack([*on_device.values()]).tolist(), strict=True)) if on_device else {}
-    return {name: read.get(name, total) / count for name, (total, count) in logged.items()}
+    counts = {name: count.item() if isinstance(count, Tensor) else count for name, (_, count) in logged.items()}
+    return {
+        name: read.get(name, total) / counts[name] if counts[name] else float("nan")
+        for name, (total, _) in logged.items()
+    }
 
 
 def _loss_sum(loss: Any, losses: Tensor, output: Tensor, targets: list[Tensor], samples: int) -> Sums:
@@ -242,7 +287,11 @@ def _in_order(values: dict[str, Any], names: list[str]) -> dict[str, Any]:
 def _add(sums: tuple[Sums, ...] | None, more: tuple[Sums, ...]) -> tuple[Sums, ...]:
     if sums is None:
         return more
-    return tuple((a + b, n + m) for (a, n), (b, m) in zip(sums, more, strict=True))
+    return tuple(map(_plus, sums, more))
+
+
+def _plus(one: Sums, other: Sums) -> Sums:
+    return one[0] + other[0], one[1] + other[1]
 
 
 def _joined(pending: list[tuple]) -> list[tuple]:

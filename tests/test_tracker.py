@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import kerastorch as kt
 from kerastorch import losses, tracker
+from kerastorch.backends import Single
 from kerastorch.tracker import Tracker
 
 SAMPLES, BATCH = 30, 4  # seven whole batches and a half
@@ -48,7 +49,7 @@ def _seeded() -> None:
 def reads(monkeypatch) -> list:
     """Grows by one at each read of the sums."""
     found, read = [], Tracker._read
-    monkeypatch.setattr(Tracker, "_read", lambda self, *sums: found.append(1) or read(self, *sums))
+    monkeypatch.setattr(Tracker, "_read", lambda self, *sums, **how: found.append(1) or read(self, *sums, **how))
     return found
 
 
@@ -117,7 +118,7 @@ def test_batch_verbs_return_the_batchs_own_values_before_the_update() -> None:
 
 def test_counts_beyond_2_to_the_24_are_exact() -> None:
     """In float32, 2**24 + 1 is 2**24."""
-    sums, one = Tracker(losses.get("mse"), [], "cpu"), torch.tensor(1.0)
+    sums, one = Tracker(losses.get("mse"), [], Single("cpu")), torch.tensor(1.0)
     sums.add(one, one, None, 2**24)
     sums.add(one, one, None, 1)
     assert sums.samples == 2**24 + 1

@@ -7,41 +7,42 @@ from typing import Any
 
 import torch
 
+from .ddp import DDP as DDP
+from .single import CPU as CPU
+from .single import GPU as GPU
 from .single import Single as Single
-from .single import real_device
+from .single import first_usable
 
 
 def get(backend: Any) -> Any:
     """What `Model` was given as `backend` -> the backend.
 
     Args:
-        backend: `"auto"`, `"cpu"`, `"gpu"` (CUDA, MPS or XPU, whichever is there), a device as torch names it, or an
-            instance. `"auto"` is the first that is really usable of CUDA, MPS, XPU and CPU.
+        backend: `"auto"`, `"cpu"`, `"gpu"` (CUDA, MPS or XPU, whichever is there), a device as torch names it, `"ddp"`,
+            or an instance. `"auto"` is DDP under `torchrun`, else the first that is really usable of CUDA, MPS, XPU and
+            CPU.
     Raises:
         ValueError: an unknown name, or a device that is not there.
-        NotImplementedError: `"auto"` under `torchrun` with several processes.
+        TypeError: something else than a name or a backend.
     """
-    if not isinstance(backend, (str, torch.device)):
+    if isinstance(backend, Single):
         return backend
+    if isinstance(backend, type) and issubclass(backend, Single):
+        raise TypeError(f"backend={backend.__name__} is a class. Make one of it: backend={backend.__name__}().")
+    if not isinstance(backend, (str, torch.device)):
+        raise TypeError(
+            f"backend is a {type(backend).__name__}, expected a name such as 'auto' or 'cuda:1', a torch.device, or an "
+            f"instance from kerastorch.backends."
+        )
+    if backend == "ddp" or (backend == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        return DDP()
     if backend == "auto":
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise NotImplementedError(
-                "several processes (torchrun) need the DDP backend, which is not in this version. "
-                'Start one process, or give backend="cpu" to train a model of its own in each.'
-            )
-        return Single(_first_usable(["cuda", "mps", "xpu", "cpu"]))
+        return Single(first_usable(["cuda", "mps", "xpu", "cpu"]))
     if backend == "gpu":
-        found = _first_usable(["cuda", "mps", "xpu"])
-        if found is None:
-            raise ValueError('backend="gpu" found no GPU that torch can use. Give backend="cpu".')
-        return Single(found)
+        return GPU()
     try:
         return Single(torch.device(backend))
     except RuntimeError as error:
         raise ValueError(
-            f'backend={backend!r} is not known. Give "auto", "cpu", "gpu", or a device such as "cuda:1".'
+            f'backend={backend!r} is not known. Give "auto", "cpu", "gpu", "ddp", or a device such as "cuda:1".'
         ) from error
-
-
-def _first_usable(names: list[str]) -> str | None:
-    return next((name for name in names if real_device(torch.device(name)) is not None), None)

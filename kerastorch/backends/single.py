@@ -1,12 +1,16 @@
 """One process on one device: CPU, CUDA, MPS or XPU; and what the verbs of a backend mean, here where they are simplest.
 
-`place` puts the module where it runs, once. `hold` says where data that is in memory is kept for gathering. `feed`
-brings each batch to the device. The loop and the step ask a backend for nothing else.
+Where it runs: `place` puts the module there, once; `hold` says where data that is in memory is kept for gathering;
+`feed` brings each batch to the device. With whom: `share` is this process's part of a global batch, `running` what
+holds during a run, `network` what training calls for the module, `expected` and `counts` what a mean over the part is
+worth, `average` what becomes of its gradients; `sum`, `mean`, `gather` and `collect` bring together what each process
+has, and `agree` ends a run for all at once. The loop and the step ask a backend for nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +20,8 @@ from ..structures import leaves, map_structure
 
 # Share of the free device memory that data may take to live there, so that no batch is ever copied.
 HELD_SHARE = 0.25
+
+GPUS = ("cuda", "mps", "xpu")
 
 
 class Single:
@@ -28,6 +34,9 @@ class Single:
     """
 
     rank, world = 0, 1
+    share: Callable[[int], tuple[slice, Any]] | None = None  # samples of a batch -> those taken here; `None` = all
+    starts_ranks = False  # whether `launch` must run a verb in processes of its own
+    scratch: str | None = None  # where files go that another process writes; `None` = it is this one
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         # With its number: batches that are there say "cuda:0", and "cuda" is not equal to that.
@@ -37,6 +46,9 @@ class Single:
                 f"backend={str(device)!r} cannot be used: torch {torch.__version__} finds no such device here. "
                 f'Give backend="cpu", or "auto" for the best there is.'
             )
+
+    def __deepcopy__(self, memo: Any) -> Single:
+        return self  # whoever is copied runs in the same place
 
     @property
     def looks_ahead(self) -> bool:
@@ -55,17 +67,78 @@ class Single:
         free, _ = torch.cuda.mem_get_info(self.device)
         return [tensor.to(self.device) for tensor in tensors] if needed < HELD_SHARE * free else tensors
 
-    def feed(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The same batches, on the device."""
+    def feed(self, batches: Iterable[Any], ahead: bool = True) -> Iterator[Any]:
+        """The same batches, on the device; with `ahead` the next one may be taken while this one is worked on."""
         if self.device.type == "cpu":
             return iter(batches)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and ahead:
             return self._copied_ahead(batches)
         return (self.move(batch) for batch in batches)
 
     def move(self, tree: Any) -> Any:
         """All tensors of `tree`, on the device."""
         return map_structure(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, tree)
+
+    # What several processes would do together, for one.
+
+    def running(self, module: nn.Module) -> AbstractContextManager:
+        """What holds while the module is trained or measured."""
+        return nullcontext()
+
+    own_random: Tensor | None = None  # where the random numbers are that this process alone draws
+
+    def alone(self, function: Callable) -> Callable:
+        """A function that computes, drawing random numbers that no other process draws."""
+        return function
+
+    def network(self, module: nn.Module) -> Callable:
+        """What a training step calls for the module."""
+        return module
+
+    def samples_of(self, x: Any) -> int:
+        """How many samples of a batch, or of a piece of one, count here: the length of its first tensor."""
+        return len(x) if isinstance(x, Tensor) else len(next(leaf for leaf in leaves(x) if isinstance(leaf, Tensor)))
+
+    def expected(self, batches: int, count: float) -> float:
+        """What the losses of so many batches will be means over, together, if each counts as much as this one."""
+        return max(round(batches * count), 1)
+
+    def counts(self, count: int | Tensor, samples: int, of: int) -> tuple[int | Tensor, int | Tensor | None]:
+        """What the mean loss of `samples` rows, of a batch with `of`, counts here, and what it counts on the mean.
+
+        `None` for the latter = that is known once `mean` was asked.
+        """
+        return count, count
+
+    def expect_step(self, is_due: bool) -> None:
+        """Before a batch: whether an optimizer step follows on it."""
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Leaves the mean of all processes' gradients in the parameters, before an optimizer step."""
+
+    def sum(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The sums over all processes of scalars on the device."""
+        return values
+
+    def mean(self, values: Sequence[int | Tensor]) -> Sequence[int | Tensor]:
+        """Their means."""
+        return values
+
+    def gather(self, output: Any) -> Any:
+        """The output for the whole batch, of which each process has computed its part."""
+        return output
+
+    def collect(self, value: Any) -> list[Any]:
+        """Plain data of all processes, in their order."""
+        return [value]
+
+    def share_failure(self, error: Exception | None) -> Exception | None:
+        """What rank 0, which writes for all, has failed with: each process is to fail where it does."""
+        return error
+
+    def agree(self, wishes: list[bool], now: bool) -> list[bool]:
+        """Which of several wishes any process has: those of `now`, or of the call before, for which nobody waits."""
+        return wishes
 
     def _copied_ahead(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Copies the next batch on a stream of its own while the device works on this one."""
@@ -98,6 +171,36 @@ class Single:
             if isinstance(leaf, Tensor):
                 leaf.record_stream(stream)  # else the allocator could reuse its memory while the step still reads it
         return batch
+
+
+class CPU(Single):
+    """Runs in this process, on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+
+
+class GPU(Single):
+    """Runs in this process, on one GPU: CUDA, MPS or XPU, the first of them that is really usable.
+
+    Args:
+        index: Its number. Default: 0.
+    Raises:
+        ValueError: there is none, or none of that number.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        kind = first_usable(GPUS)
+        if kind is None:
+            raise ValueError('backend="gpu" found no GPU that torch can use. Give backend="cpu".')
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ValueError(f"index={index!r} is no number of a GPU. Give a whole number from 0 up.")
+        super().__init__(torch.device(kind, index))
+
+
+def first_usable(kinds: Sequence[str]) -> str | None:
+    """The first kind of device that torch can really put something on."""
+    return next((kind for kind in kinds if real_device(torch.device(kind)) is not None), None)
 
 
 def real_device(device: torch.device) -> torch.device | None:

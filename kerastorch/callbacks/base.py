@@ -36,6 +36,9 @@ class Callback:
     adds_to_logs: tuple[str, ...] | None = None
     """Names that `on_epoch_end` puts into the logs, so that other callbacks can monitor them; `None` = not known."""
 
+    rank_zero_only: bool = False
+    """Whether it only shows or writes what the run does: of several processes, rank 0 alone calls it."""
+
     takes_outputs: bool = False
     """Whether predictions are its own business: `predict` then keeps none of them in memory and returns `None`."""
 

@@ -148,7 +148,7 @@ class ModelCheckpoint(Monitoring):
         self._kept: dict[str, float] = {}  # files of `save_top_k` and their values, oldest first
         self._epoch, self._batch, self._batches, self._began = 0, -1, 0, 0.0
         self._is_due = self._saves_epochs
-        self._is_running = self._is_checked = False
+        self._is_running = self._is_checked = self._is_failing = False
         self._before_dry_run: dict[str, Any] | None = None
         self._moment_of_last: list[int] | None = None  # optimizer steps, and samples of the epoch, in `last`
         self._task: _Task | None = None  # for the next safe point
@@ -196,7 +196,7 @@ class ModelCheckpoint(Monitoring):
             self._task, self._moment_of_last, self._leaving = None, None, None
         elif self._leaving is not None and self._leaving not in self._kept and self._is_there(self._leaving):
             self._delete(self._leaving)  # what the run that this one goes on from had no time for
-        self._is_running, self._is_checked, self._is_paused = True, False, False
+        self._is_running, self._is_checked, self._is_paused, self._is_failing = True, False, False, False
         self._errors.reset()
         self._began = time.monotonic()
 
@@ -214,7 +214,7 @@ class ModelCheckpoint(Monitoring):
         self._batch = batch
         if self._saves_epochs or not self._is_time():
             return
-        self._is_due = True
+        self._is_due, logs = True, self.model.of_all_ranks(logs)
         if self.monitor is None:
             self._plan(self._epoch, logs)
         else:
@@ -269,11 +269,12 @@ class ModelCheckpoint(Monitoring):
     def on_exception(self, error: BaseException) -> None:
         if not self._is_running:
             return
-        self._task = None
+        self._task, self._is_failing = None, True
+        is_alone = self.model.backend.world == 1  # others may be anywhere, and all must take part in saving
         try:
             self._wait()
             # Who presses Ctrl-C a second time wants the end at once.
-            if self.saves_errors and self.model.steps_taken and not isinstance(error, KeyboardInterrupt):
+            if self.saves_errors and self.model.steps_taken and is_alone and not isinstance(error, KeyboardInterrupt):
                 self._save_error()
         except Exception as failure:  # the first error is the one to be seen
             warnings.warn(f"{type(self).__name__} could not save what {error!r} ended: {failure}", stacklevel=2)
@@ -306,7 +307,7 @@ class ModelCheckpoint(Monitoring):
             self._batches = (self._batches + 1) % self.save_freq
             return self._batches == 0
         now = time.monotonic()
-        if now - self._began < self.every_s:
+        if not self.model.backend.collect(now - self._began >= self.every_s)[0]:  # by the clock of rank 0
             return False
         self._began = now
         return True
@@ -373,10 +374,16 @@ class ModelCheckpoint(Monitoring):
         """Until the thread has nothing to do; its error is raised here, or said."""
         if self._writing is None:
             return
+        error = None
         try:
             self._thread.wait()
-        except Exception as error:
-            self._fail(self._writing, error)
+        except Exception as failure:
+            error = failure
+        try:
+            if not self._is_failing:
+                error = self.model.backend.share_failure(error)
+            if error is not None:
+                self._fail(self._writing, error)
         finally:
             self._writing = self._leaving = None
 
@@ -422,10 +429,13 @@ class ModelCheckpoint(Monitoring):
         if self._thread is None:
             return self.model.save_weights if self.save_weights_only else self.model.save
         if self.save_weights_only:
-            weights = snapshot(self.model.module.state_dict())
-            return lambda path: write_weights(path, weights)
-        state = snapshot(state_of(self.model, self.model._callbacks))
-        return lambda path: write(path, state)
+            state, write_state = self.model.module.state_dict(), write_weights
+        else:
+            state, write_state = state_of(self.model, self.model._callbacks), write
+        if self.model.backend.rank > 0:  # in its place: that it is there is all that anybody asks of it
+            return lambda path: path.touch()
+        copied = snapshot(state)
+        return lambda path: write_state(path, copied)
 
     def _carry_out(
         self, task: _Task, loser: str | None, books: dict[str, Any], write_to: Callable[[Path], None]
@@ -464,7 +474,8 @@ class ModelCheckpoint(Monitoring):
 
     def _is_there(self, path: str) -> bool:
         """Whether a file kept before is one to go on with; what is elsewhere is not ours to delete."""
-        return Path(path).parent.is_relative_to(self._name.folder) and self._place(path).exists()
+        is_there = Path(path).parent.is_relative_to(self._name.folder) and self._place(path).exists()
+        return self.model.backend.collect(is_there)[0]  # rank 0 has written it
 
     def _delete(self, path: str) -> None:
         try:

@@ -59,6 +59,8 @@ class CSVLogger(Callback):
     Source: Keras, `CSVLogger`, whose columns are those of the first epoch and its `val_`.
     """
 
+    rank_zero_only = True
+
     adds_to_logs = ()
 
     def __init__(self, filename: str | os.PathLike, separator: str = ",", append: bool = False) -> None:
@@ -180,6 +182,8 @@ class Logger(Callback):
         freq: `"epoch"`, `"batch"`, or after how many batches too.
         name: What the user called `freq`, for the error.
     """
+
+    rank_zero_only = True
 
     adds_to_logs = ()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+
 
 def is_verbose(verbose: Any) -> bool:
     """Whether a callback's `verbose` asks for messages.
@@ -25,4 +27,5 @@ def say(message: str) -> None:
     """
     from tqdm import tqdm
 
-    tqdm.write(message)
+    if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:  # of several processes one speaks
+        tqdm.write(message)

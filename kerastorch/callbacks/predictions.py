@@ -47,6 +47,8 @@ class Predictions(Callback):
     Source: the format, NEP 1, "A simple file format for NumPy arrays".
     """
 
+    rank_zero_only = True
+
     def __init__(self, path: str | os.PathLike, *, in_memory: bool = True) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"path={path!r} is a {type(path).__name__}, expected a file or folder to write to.")

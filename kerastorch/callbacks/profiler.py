@@ -55,6 +55,8 @@ class Profiler(Callback):
         (14, ['data', 'forward', 'backward', 'optimizer', 'rest'])
     """
 
+    rank_zero_only = True
+
     def __init__(self, skip: int = 2, *, trace: str | os.PathLike | None = None, trace_steps: int = 3) -> None:
         for name, value, least in (("skip", skip, 0), ("trace_steps", trace_steps, 1)):
             if isinstance(value, bool) or not isinstance(value, Integral) or value < least:

@@ -60,6 +60,8 @@ class ProgressBar(Callback):
         >>> bar = ProgressBar(refresh_s=1.0)  # for a slow connection: fit(..., callbacks=[bar])
     """
 
+    rank_zero_only = True
+
     adds_to_logs = ()
 
     def __init__(self, refresh_s: float = 0.1, *, verbose: int | str = "auto", stream: TextIO | None = None) -> None:

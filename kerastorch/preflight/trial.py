@@ -145,6 +145,7 @@ class Trial(Seen):
             compiled.logged_loss.shares,
             tracker,
             hooks_of([watch]),
+            model.backend,
             updates=compiled.updates,
             device=model.backend.device,
             frozen=model._frozen,
@@ -216,13 +217,14 @@ class Trial(Seen):
 
     def _validate(self, layers: Layers) -> None:
         model, compiled = self.model, self.compiled
-        tracker = _like(model._evaluation_tracker, model.backend.device)
+        tracker = _like(model._evaluation_tracker)
         evaluation = Recipe(
             self.module,
             compiled.compute_evaluated,
             compiled.logged_loss.shares,
             tracker,
             hooks_of(()),
+            model.backend,
             device=model.backend.device,
         )
         batches = model._batches(self.validation.batches(0), is_evaluated=True)
@@ -265,7 +267,7 @@ class _Watched(Tracker):
     """A tracker of its own, with metrics of their own, that puts down what it is given and which metric fails."""
 
     def __init__(self, trial: Trial, like: Tracker) -> None:
-        super().__init__(like.loss, copies(like.means + like.stateful), trial.model.backend.device)
+        super().__init__(like.loss, copies(like.means + like.stateful), trial.model.backend)
         self.trial = trial
 
     def add(self, loss: Any, output: Any, target: Any, samples: int, weight: Any = None) -> None:
@@ -275,9 +277,9 @@ class _Watched(Tracker):
         self.trial._attempt("metrics", super().add, loss, output, target, samples, weight)
 
 
-def _like(tracker: Tracker, device: torch.device) -> Tracker:
+def _like(tracker: Tracker) -> Tracker:
     """A tracker of the same loss, with metrics of its own."""
-    return Tracker(tracker.loss, copies(tracker.means + tracker.stateful), device)
+    return Tracker(tracker.loss, copies(tracker.means + tracker.stateful), tracker.ranks)
 
 
 def _scaled_backward(loss: Tensor, retain_graph: bool | None = None) -> None:

@@ -1,0 +1,90 @@
+"""BatchNorm over the global batch: each rank has a part of it, and all normalize by the statistics of the whole.
+
+torch's own `SyncBatchNorm` does it on GPUs alone; here it is plain tensor operations, and the same on all devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over all ranks, whose gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+@contextmanager
+def synchronized(module: nn.Module, ranks: Any) -> Iterator[None]:
+    """Meanwhile every BatchNorm of a module that is in train mode normalizes by the whole batch.
+
+    Args:
+        module: Its BatchNorm layers get a `forward` of their own, and lose it again.
+        ranks: The backend: `part.samples` of the running batch is 0 where this rank's samples count nothing.
+    """
+    layers = [one for one in module.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+    layers = [one for one in layers if "forward" not in vars(one)]  # of a run around this one
+    for layer in layers:
+        layer.forward = partial(_forward, layer, ranks)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _forward(layer: Any, ranks: Any, x: Tensor) -> Tensor:
+    if not layer.training and layer.running_mean is not None:
+        return type(layer).forward(layer, x)
+    layer._check_input_dim(x)
+    mean, variance, count = _statistics(x, counts=ranks.part is None or ranks.part.samples > 0)
+    if layer.training and layer.track_running_stats and layer.running_mean is not None:
+        _update(layer, mean.detach(), variance.detach(), count)
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    normalized = (x - mean.view(shape)) * torch.rsqrt(variance.view(shape) + layer.eps)
+    if layer.weight is not None:
+        normalized = normalized * layer.weight.view(shape) + layer.bias.view(shape)
+    return normalized.to(x.dtype)
+
+
+def _statistics(x: Tensor, counts: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of each channel over all ranks' samples, and how many values that is."""
+    values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    weight = 1.0 if counts else 0.0
+    number = values.new_tensor([weight * x.numel() / x.shape[1]])
+    sums = _SumOverRanks.apply(torch.cat([weight * values.sum(dims), number]))
+    count = sums[-1].detach()
+    mean = sums[:-1] / count
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    squares = _SumOverRanks.apply(weight * (values - mean.view(shape)).square().sum(dims))
+    return mean, squares / count, count
+
+
+@torch.no_grad()
+def _update(layer: Any, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    """The running statistics, as `torch.nn.functional.batch_norm` moves them: of the variance the unbiased one."""
+    layer.num_batches_tracked.add_(1)
+    momentum = layer.momentum
+    if momentum is None:
+        momentum = 1.0 / layer.num_batches_tracked
+    unbiased = variance * (count / (count - 1))
+    for running, value in ((layer.running_mean, mean), (layer.running_var, unbiased)):
+        running.mul_(1 - momentum).add_((momentum * value).to(running.dtype))

@@ -1,0 +1,213 @@
+"""Starting ranks from within a process: torch's elastic launcher runs a function in each, and this brings it back.
+
+The ranks are forked, so that they have what the calling process has, whatever it is and wherever it was defined: a
+script without `if __name__ == "__main__"`, a REPL, a notebook. Each computes with one thread, since the threads of a
+forked process are gone; its GPUs are its own.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+FORWARDED = ("SIGINT", "SIGTERM", "SIGUSR1")
+MONITOR_INTERVAL_S = 0.1
+
+
+class RankError(RuntimeError):
+    """What one of several processes failed with: its traceback is the message."""
+
+
+def launch(processes: int, call: Callable[[], Any], max_restarts: int = 0) -> Any:
+    """Calls a function in so many ranks of this machine and returns what rank 0 returns.
+
+    Args:
+        processes: How many.
+        call: Called without arguments; what it returns can be pickled.
+        max_restarts: How often all are started again when one has failed.
+    Raises:
+        RuntimeError: ranks cannot be started here.
+        Exception: a rank failed: its own error if that is one of Python's, with its traceback as the cause.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _refuse_no_fork()
+    with tempfile.TemporaryDirectory(prefix="kerastorch-ranks-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",  # a free port, whichever it is
+            local_addr="localhost",
+            max_restarts=max_restarts,
+            monitor_interval=MONITOR_INTERVAL_S,
+            start_method="fork",
+        )
+        sys.stdout.flush()  # else each rank would print again what waits here
+        try:
+            with _signals_forwarded(Path(folder)), _quiet():
+                returned = _in_thread(partial(elastic_launch(config, _as_rank), call, folder))
+        except ChildFailedError as error:
+            raise_first_failure(Path(folder), error)
+        return torch.load(io.BytesIO(returned[0]), weights_only=False)  # of this process's own child, through a pipe
+
+
+def _in_thread(function: Callable[[], Any]) -> Any:
+    """Called in a thread of its own, the launcher leaves the signals alone, which end a run in its own way."""
+    returned, raised = [], []
+
+    def run() -> None:
+        try:
+            returned.append(function())
+        except BaseException as error:  # for the one who waits
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="kerastorch-ranks")
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+    return returned[0]
+
+
+def _refuse_no_fork() -> None:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise RuntimeError(
+            "ranks cannot be started from within a process on this system, which cannot fork. Start the script with "
+            "torchrun --nproc-per-node=N."
+        )
+    for kind in ("cuda", "xpu"):
+        if torch.get_device_module(kind).is_initialized():
+            raise RuntimeError(
+                f"ranks cannot be started from a process that has used a GPU ({kind} is initialized). Make the Model "
+                f"before anything is put there, or start the script with torchrun --nproc-per-node=N."
+            )
+
+
+def _as_rank(call: Callable[[], Any], folder: str) -> bytes | None:
+    """What each rank does."""
+    rank = os.environ["RANK"]
+    try:
+        _begin(Path(folder, f"{rank}.pid"))
+        returned = call()
+        if rank != "0":
+            return None
+        packed = io.BytesIO()
+        torch.save(returned, packed)
+        return packed.getvalue()
+    except BaseException as error:
+        _put_down(error, Path(folder, f"{rank}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.error"))
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _begin(pid_file: Path) -> None:
+    """Makes a forked process one that can be told to end, and to compute."""
+    os.setpgrp()  # Ctrl-C goes to the process that waits, which tells the ranks once
+    for name in FORWARDED:
+        number = getattr(signal, name)
+        signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+    torch.set_num_threads(1)
+    pid_file.write_text(str(os.getpid()))
+
+
+def _put_down(error: BaseException, path: Path) -> None:
+    """Leaves an error for the process that waits: as text, the earliest of all ranks' being the cause of the others."""
+    words = {
+        "time": time.time(),
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    path.write_text(json.dumps(words))
+
+
+def raise_first_failure(folder: Path, error: Any) -> None:
+    """Raises what the first rank to fail has raised; one that was killed has left nothing to say."""
+    attempt = max((int(one.suffixes[0][1:]) for one in folder.glob("*.error")), default=0)
+    said = {one.name.split(".")[0]: json.loads(one.read_text()) for one in folder.glob(f"*.{attempt}.error")}
+    killed = {rank: failure for rank, failure in error.failures.items() if failure.exitcode < 0}
+    silent = [(rank, failure) for rank, failure in killed.items() if str(rank) not in said]
+    if silent and not any(_is_own(words) for words in said.values()):
+        rank, failure = silent[0]
+        name = signal.Signals(-failure.exitcode).name
+        hint = ", which is what the system does where memory is short" if name == "SIGKILL" else ""
+        raise RuntimeError(f"rank {rank} was killed by {name}{hint}; the others were ended.") from None
+    if not said:
+        raise RuntimeError(f"a rank failed without a word: {error}") from error
+    rank, first = min(said.items(), key=lambda pair: pair[1]["time"])
+    known = getattr(builtins, first["type"], RuntimeError)
+    kind = known if isinstance(known, type) and issubclass(known, BaseException) else RuntimeError
+    raise kind(f"{first['message']} (rank {rank})") from RankError(f"in rank {rank}:\n{first['traceback']}")
+
+
+def _is_own(words: dict[str, Any]) -> bool:
+    """Whether it is an error of the rank itself, and not that another one is gone."""
+    return "closed by peer" not in words["message"] and "reset by peer" not in words["message"]
+
+
+@contextmanager
+def _signals_forwarded(folder: Path) -> Iterator[None]:
+    """Signals that end a run go on to the ranks, which end it; the process itself waits for them."""
+
+    def forward(number: int, frame: Any) -> None:
+        for file in folder.glob("*.pid"):
+            try:
+                os.kill(int(file.read_text()), number)
+            except (ProcessLookupError, ValueError):  # it is over, or has not written its number yet
+                continue
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in FORWARDED]
+    before = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the words of the launcher, which are its developers', and of Python, which fears for threads."""
+    import logging
+
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.distributed.launcher")]
+    levels = [one.level for one in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,334 @@
+"""Several processes that train together, each on its part of every global batch: what DDP and FSDP have in common.
+
+A global batch of N samples is cut into contiguous parts, one for each rank. A mean over the n samples of one part
+counts n / (N / world) in the mean over all ranks: so gradients, averaged over the ranks, and the sums behind metrics
+are those of one process, however uneven the parts are. A rank that gets no sample computes one of another's, which
+counts nothing: so it takes part in all that the ranks do together.
+
+Random numbers that the data is drawn with are the same on all ranks; those that a step draws (dropout) are each rank's.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import accumulate
+from math import ceil
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..structures import join, map_structure
+from .single import Single
+
+GPUS = ("cuda", "xpu")
+
+
+class Part(NamedTuple):
+    """What a rank has of a global batch.
+
+    Attributes:
+        samples: How many; 0 = one of another rank's is in their place.
+        whole: How many the global batch has.
+        mean: How many the ranks have on the mean.
+    """
+
+    samples: int
+    whole: int
+    mean: float
+
+
+class Ranks(Single):
+    """One of several processes; or, where there are none yet, the one that starts them when there is something to do.
+
+    Args:
+        devices: Processes on this machine: `"auto"` = one for each GPU, or as many as `torchrun` started; a number, of
+            CPU processes where there are no GPUs; or the numbers of the GPUs.
+        num_nodes: Machines; more than one are started by `torchrun`. `None` = as many as it did.
+        weights: How much of each batch each rank takes, in proportion; `None` = all the same.
+        timeout_s: Seconds that a rank waits for the others before it gives up.
+    Raises:
+        ValueError, TypeError: no such devices; or `torchrun` has started other processes than asked for.
+    """
+
+    def __init__(
+        self, devices: str | int | Sequence[int], num_nodes: int | None, weights: Any, timeout_s: float
+    ) -> None:
+        self.devices, self.num_nodes, self.weights, self.timeout_s = devices, num_nodes, weights, timeout_s
+        _refuse_no_devices(devices, num_nodes, timeout_s)
+        _refuse_no_weights(weights)
+        self.part: Part | None = None
+        self._asked: tuple[Any, Tensor] | None = None
+        self.own_random = None
+        self._is_running = False
+        self.is_joined = self.starts_ranks = False
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            self.join()
+            return
+        self.processes = _processes(devices)
+        self.starts_ranks = self.processes > 1
+        if (num_nodes or 1) > 1:
+            raise ValueError(
+                f"num_nodes={num_nodes} was given to a process by itself. Start the script on each machine with "
+                f"torchrun --nnodes={num_nodes} --nproc-per-node={self.processes} --rdzv-backend=c10d "
+                f"--rdzv-endpoint=HOST:29500, HOST being one of them."
+            )
+        # GPUs are left alone until the ranks have started: a process that has used one cannot be forked.
+        super().__init__("cpu" if self.starts_ranks else _device_of(devices, 0))
+
+    def join(self) -> None:
+        """Becomes the rank that the environment names."""
+        local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        super().__init__(_device_of(self.devices, local))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        limit = timedelta(seconds=self.timeout_s)
+        if not dist.is_initialized():
+            kind = self.device.type
+            engine = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+            dist.init_process_group(engine, timeout=limit)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        # A group of its own: what the hosts tell one another never waits for what the devices do.
+        self.hosts = dist.new_group(backend="gloo", timeout=limit)
+        self.is_joined, self.starts_ranks = True, False
+        self._refuse_other_world()
+        weights = [float(one) for one in self.weights or [1.0] * self.world]
+        self._bounds = [0.0, *(upto / sum(weights) for upto in accumulate(weights))]
+        self.share = self._share
+        if self.rank > 0:
+            self._scratch = tempfile.TemporaryDirectory(prefix=f"kerastorch-rank{self.rank}-")
+            self.scratch = self._scratch.name
+
+    def _refuse_other_world(self) -> None:
+        """What was asked for and what was started must be the same."""
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        wanted = local if self.devices == "auto" else _processes(self.devices)
+        if wanted != local:
+            raise ValueError(
+                f"devices={self.devices!r} asks for {wanted} processes on each machine, but {local} were started. Give "
+                f"torchrun --nproc-per-node={wanted}, or leave devices out."
+            )
+        if self.num_nodes is not None and self.num_nodes * local != self.world:
+            raise ValueError(
+                f"num_nodes={self.num_nodes} with {local} processes each asks for {self.num_nodes * local}, but "
+                f"{self.world} were started. Give torchrun --nnodes={self.num_nodes}, or leave num_nodes out."
+            )
+        if self.weights is not None and len(self.weights) != self.world:
+            raise ValueError(
+                f"weights has {len(self.weights)} numbers, but there are {self.world} processes. Give one for each."
+            )
+
+    # Where it runs, and on what.
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Moves the module to this rank's device, with the parameters and buffers of rank 0."""
+        module = super().place(module)
+        if self.is_joined:
+            self._send_from_first([*module.parameters(), *module.buffers()])
+        return module
+
+    @torch.no_grad()
+    def _send_from_first(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if not is_lazy(tensor):
+                dist.broadcast(tensor.detach(), src=0)
+
+    def _share(self, samples: int) -> tuple[slice, Part]:
+        """Rows of a global batch that are this rank's, and what they count."""
+        # A little less: the shares are rounded, and a whole number must not become the next one.
+        first, last = (ceil(samples * self._bounds[rank] - 1e-9) for rank in (self.rank, self.rank + 1))
+        return slice(first, last) if last > first else slice(0, 1), Part(last - first, samples, samples / self.world)
+
+    def feed(self, batches: Iterable[Any], ahead: bool = True) -> Iterator[Any]:
+        """The same batches, on the device; each says by `part` what it counts, until the next one."""
+        fed = super().feed(batches, ahead)
+        return self._parted(fed) if self.is_joined else fed
+
+    def _parted(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for x, target, weight, part in batches:
+            self.part = part
+            yield x, target, weight
+
+    # What holds during a run.
+
+    @contextmanager
+    def running(self, module: nn.Module) -> Iterator[None]:
+        if not self.is_joined or self._is_running:
+            yield
+            return
+        self._share_random()
+        self._is_running = True
+        try:
+            with self._words_of_first():
+                yield
+        finally:
+            self._is_running, self.part = False, None
+        self._send_from_first(module.buffers())  # what layers count for themselves, in each rank its own
+        if self._asked is not None:
+            self._asked[0].wait()
+            self._asked = None
+
+    @contextmanager
+    def _words_of_first(self) -> Iterator[None]:
+        """What all ranks would warn of, rank 0 does."""
+        with warnings.catch_warnings():
+            if self.rank > 0:
+                warnings.simplefilter("ignore")
+            yield
+
+    def _share_random(self) -> None:
+        """The random numbers of rank 0 for all, and another sequence for what each computes."""
+        common = torch.get_rng_state()
+        dist.broadcast(common, src=0, group=self.hosts)
+        torch.set_rng_state(common)
+        seed = torch.initial_seed()
+        is_fresh = torch.equal(common, torch.Generator().manual_seed(seed).get_state())
+        if self.own_random is None or is_fresh:
+            own = torch.Generator().manual_seed(_mixed(seed, self.rank))
+            self.own_random = own.get_state()
+            if self.device.type in GPUS:
+                torch.get_device_module(self.device).manual_seed(own.initial_seed())
+
+    def alone(self, function: Callable) -> Callable:
+        if not self.is_joined:
+            return function
+
+        def run(*inputs: Any, **named: Any) -> Any:
+            common = torch.get_rng_state()
+            torch.set_rng_state(self.own_random)
+            try:
+                return function(*inputs, **named)
+            finally:
+                self.own_random = torch.get_rng_state()
+                torch.set_rng_state(common)
+
+        return run
+
+    def samples_of(self, x: Any) -> int:
+        rows = super().samples_of(x)
+        return rows if self.part is None else min(rows, self.part.samples)
+
+    def expected(self, batches: int, count: float) -> float:
+        """As many as there are samples, whatever is counted: it must be the same number on all ranks."""
+        return super().expected(batches, count) if self.part is None else batches * self.part.mean
+
+    def counts(self, count: int | Tensor, samples: int, of: int) -> tuple[int | Tensor, int | Tensor | None]:
+        if self.part is None:
+            return count, count
+        if isinstance(count, int) and count == samples:
+            return min(samples, self.part.samples), self.part.mean * samples / of
+        return count if self.part.samples else 0 * count, None
+
+    # Bringing together.
+
+    def sum(self, values: Sequence[Any]) -> Sequence[Any]:
+        if not self.is_joined or not values:
+            return values
+        together = torch.stack([torch.as_tensor(one, dtype=torch.float64, device=self.device) for one in values])
+        dist.all_reduce(together)
+        return [*together.unbind()]
+
+    def mean(self, values: Sequence[Any]) -> Sequence[Any]:
+        return [one / self.world for one in self.sum(values)] if self.is_joined else values
+
+    def gather(self, output: Any) -> Any:
+        if not self.is_joined:
+            return output
+        rows = max(self.part.samples, 1)
+
+        def cut(leaf: Any) -> Any:
+            is_of_samples = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows
+            return leaf[: self.part.samples] if is_of_samples else leaf
+
+        return join(self.collect(map_structure(cut, output)), _joined)
+
+    def collect(self, value: Any) -> list[Any]:
+        if not self.is_joined:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self.hosts)
+        return found
+
+    def share_failure(self, error: Exception | None) -> Exception | None:
+        said = self.collect(error and [getattr(error, "errno", None), str(error)])[0]
+        if error is not None or said is None:
+            return error
+        return OSError(*said) if said[0] is not None else RuntimeError(f"rank 0 failed: {said[1]}")
+
+    def agree(self, wishes: list[bool], now: bool) -> list[bool]:
+        flags = torch.tensor(wishes, dtype=torch.uint8)
+        asked = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.hosts, async_op=True), flags
+        before, self._asked = self._asked, None if now else asked
+        answers = [one for one in (before, asked if now else None) if one is not None]
+        for work, _ in answers:
+            work.wait()
+        return [any(flags[index] for _, flags in answers) for index in range(len(wishes))]
+
+
+def _joined(parts: list[Any]) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].ndim else parts[0]
+
+
+def _mixed(seed: int, rank: int) -> int:
+    """A seed for each rank that has nothing to do with those beside it."""
+    return int(torch.randint(2**62, (rank + 1,), generator=torch.Generator().manual_seed(seed))[rank])
+
+
+def _device_of(devices: Any, local: int) -> torch.device:
+    """The device of a process, by its number on the machine."""
+    kind = next((one for one in GPUS if torch.get_device_module(one).device_count()), None)
+    if kind is None:
+        return torch.device("cpu")
+    return torch.device(kind, devices[local] if isinstance(devices, (list, tuple)) else local)
+
+
+def _processes(devices: Any) -> int:
+    """How many processes `devices` asks for on this machine."""
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    return max(_gpus(), 1) if devices == "auto" else int(devices)
+
+
+def _gpus() -> int:
+    return max(torch.get_device_module(kind).device_count() for kind in GPUS)
+
+
+def _refuse_no_devices(devices: Any, num_nodes: Any, timeout_s: Any) -> None:
+    is_number = isinstance(devices, Integral) and not isinstance(devices, bool) and devices >= 1
+    are_numbers = isinstance(devices, (list, tuple)) and devices and all(_is_index(one) for one in devices)
+    if devices != "auto" and not is_number and not are_numbers:
+        raise ValueError(
+            f'devices={devices!r} names no devices. Give "auto", a number of processes, or the numbers of GPUs, such '
+            f"as [0, 1]."
+        )
+    gpus = _gpus()
+    if gpus and is_number and devices > gpus:
+        raise ValueError(f"devices={devices}, but this machine has {gpus} GPUs. Give at most so many.")
+    if are_numbers and max(devices) >= gpus:
+        raise ValueError(f"devices={devices!r}, but this machine has {gpus} GPUs, from 0 on. Give their numbers.")
+    if num_nodes is not None and (not _is_index(num_nodes) or num_nodes < 1):
+        raise ValueError(f"num_nodes={num_nodes!r} is no number of machines. Give a whole number from 1 up.")
+    if not isinstance(timeout_s, Real) or isinstance(timeout_s, bool) or not timeout_s > 0:
+        raise ValueError(f"timeout_s={timeout_s!r} is no time. Give seconds above 0.")
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
+
+
+def _refuse_no_weights(weights: Any) -> None:
+    if weights is None:
+        return
+    are_numbers = isinstance(weights, (list, tuple)) and all(
+        isinstance(one, Real) and not isinstance(one, bool) and 0 < one < float("inf") for one in weights
+    )
+    if not are_numbers or not weights:
+        raise ValueError(f"weights={weights!r} is no list of numbers above 0. Give one for each process: [1, 0.5].")

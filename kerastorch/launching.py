@@ -1,0 +1,90 @@
+"""Verbs of `Model` in several processes: started where there are none yet, and what they did brought back."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from functools import partial, wraps
+from typing import Any
+
+import torch
+
+from .callbacks.base import Callback
+from .state import restore, state_of
+
+VERBS = ("fit", "evaluate", "predict")
+
+
+def launch_verbs(model: Any) -> None:
+    """Has the verbs of a model start the processes that its backend asks for, from then on."""
+    for name in VERBS:
+        setattr(model, name, wraps(getattr(type(model), name))(partial(_launched, model, name)))
+
+
+def _launched(model: Any, name: str, *args: Any, **options: Any) -> Any:
+    if not model.backend.starts_ranks:  # this is one of them
+        return getattr(type(model), name)(model, *args, **options)
+    return _take_back(model, model.backend.launch(partial(_in_rank, model, name, args, options)), options)
+
+
+def _in_rank(model: Any, name: str, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
+    """What a process that was started for it does: the verb, and what of it the calling process needs."""
+    model.backend.join()
+    arrive(model)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and name == "fit":
+        options = options | _going_on(options)
+    value = getattr(model, name)(*args, **options)
+    trained = [name for name, one in model.module.named_parameters() if one.requires_grad]
+    callbacks = [_kept_of(one) for one in _callbacks_in(options)]
+    return {"value": value, "state": state_of(model), "trained": trained, "callbacks": callbacks}
+
+
+def arrive(model: Any) -> None:
+    """The module, and all that was compiled for it, moves to where the backend is now."""
+    state = state_of(model)
+    model.module = model.backend.place(model.module)
+    if model._compiled is None:
+        return
+    with warnings.catch_warnings():  # what is to be said of it was said when it was compiled
+        warnings.simplefilter("ignore")
+        model.compile(**model._compile_options)
+    restore(model, state)
+
+
+def _going_on(options: Mapping[str, Any]) -> dict[str, Any]:
+    """After a process has died: from the newest file, where callbacks write one."""
+    savers = [one for one in _callbacks_in(options) if hasattr(one, "saved_files") or hasattr(one, "backups")]
+    return {"resume": True} if savers and options.get("resume") is None else {}
+
+
+def _callbacks_in(options: Mapping[str, Any]) -> list[Any]:
+    callbacks = options.get("callbacks") or []
+    return [*callbacks] if isinstance(callbacks, (list, tuple)) else [callbacks]
+
+
+def _kept_of(callback: Any) -> dict[str, Any]:
+    """The attributes of a callback that another process can have."""
+    return {name: value for name, value in vars(callback).items() if name != "model" and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, bytes, bool, int, float, torch.Tensor))
+
+
+def _take_back(model: Any, brought: dict[str, Any], options: Mapping[str, Any]) -> Any:
+    value = brought["value"]
+    for name, parameter in model.module.named_parameters():
+        parameter.requires_grad_(name in set(brought["trained"]))
+    restore(model, brought["state"], "what the ranks have trained")
+    for callback, kept in zip(_callbacks_in(options), brought["callbacks"], strict=True):
+        if isinstance(callback, Callback):
+            callback.model = model
+        vars(callback).update(kept)
+    if type(value).__name__ == "History":
+        model.history = value
+    return value
