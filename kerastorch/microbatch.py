@@ -73,7 +73,7 @@ class PiecewiseStep:
         samples = samples_in(batch[0])
         for piece in pieces(batch, size):
             x, target, weight = piece
-            piece_samples, counted = samples_in(x), recipe.ranks.samples_of(x)
+            piece_samples = samples_in(x)
             output, loss = recipe.compute(x, target, weight)
             for hook in recipe.hooks.on_before_backward:
                 hook(loss)
@@ -86,7 +86,7 @@ class PiecewiseStep:
             values = recipe.tracker.values_of(loss.detach())
             output = map_structure(detached if recipe.tracker.measures else _shape_alone, output)
             del loss, shares
-            yield values, output, target, counted, weight
+            yield values, output, target, piece_samples, weight
 
     def _say(self, size: int, reason: str) -> None:
         if not self._has_said:

@@ -116,7 +116,7 @@ def forward_backward(recipe: Recipe, batch: Batch) -> bool:
     """Adds the gradient of one batch; says whether its window is full. Nothing in here waits for the device."""
     x, target, weight = batch
     hooks, window = recipe.hooks, recipe.window
-    samples = recipe.ranks.samples_of(x)
+    samples = len(x) if isinstance(x, Tensor) else samples_in(x)
     output, loss = recipe.compute(x, target, weight)
     # Before the update: a metric that does not fit the data fails while nothing has changed.
     recipe.tracker.add(loss, output, target, samples, weight)
@@ -125,8 +125,7 @@ def forward_backward(recipe: Recipe, batch: Batch) -> bool:
     if window is None:
         recipe.backward(loss)
     else:
-        rows = samples_in(x)
-        window.backward(recipe.shares(loss, output, batch, rows), rows, rows, recipe.backward)
+        window.backward(recipe.shares(loss, output, batch, samples), samples, samples, recipe.backward)
     for hook in hooks.on_after_backward:
         hook()
     return window is None or window.count_batch()
@@ -218,7 +217,7 @@ def closure_step(recipe: Recipe, batch: Batch) -> bool:
             parameter.grad = None
         output, loss = recipe.compute(x, target, weight)
         if is_first:
-            recipe.tracker.add(loss, output, target, recipe.ranks.samples_of(x), weight)
+            recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x), weight)
             is_first = False
         for hook in hooks.on_before_backward:
             hook(loss)
@@ -240,7 +239,7 @@ def evaluation_step(recipe: Recipe, batch: Batch) -> None:
     """Loss and metrics of one batch; called without grad and in eval mode."""
     x, target, weight = batch
     output, loss = recipe.compute(x, target, weight)
-    recipe.tracker.add(loss, output, target, recipe.ranks.samples_of(x), weight)
+    recipe.tracker.add(loss, output, target, len(x) if isinstance(x, Tensor) else samples_in(x), weight)
 
 
 def forward(module: nn.Module, x: Any) -> Any:

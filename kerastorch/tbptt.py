@@ -32,7 +32,7 @@ class TruncatedStep:
         self.compute, self.steps = compute, steps
 
     def __call__(self, recipe: Recipe, batch: Batch) -> bool:
-        length, samples, state = _length(batch), recipe.ranks.samples_of(batch[0]), None
+        length, samples, state = _length(batch), samples_in(batch[0]), None
         for piece in pieces(batch, length, self.steps):
             x, target, weight = piece
             output, loss, state = self.compute(x, target, weight, state)

@@ -82,9 +82,12 @@ class Tracker:
             loss: Its mean loss, a scalar that was computed just now; or what `values_of` made of one computed before.
             output: What the module returned.
             target: Its targets.
-            samples: How many samples it has; 0 = this process has none of the batch, and one in their place.
+            samples: How many rows it has.
             weight: Their weights.
         """
+        part = self.ranks.part
+        if part is not None and not part.samples:  # one of another process's is here in the place of none
+            samples = 0
         if self._keeps_outputs:
             # Without its graph, so that keeping the output keeps no activations.
             output = output.detach() if type(output) is Tensor else map_structure(detached, output)

@@ -35,6 +35,7 @@ class Single:
 
     rank, world = 0, 1
     share: Callable[[int], tuple[slice, Any]] | None = None  # samples of a batch -> those taken here; `None` = all
+    part: Any = None  # what the batch that `feed` gave last counts, as `share` said
     starts_ranks = False  # whether `launch` must run a verb in processes of its own
     scratch: str | None = None  # where files go that another process writes; `None` = it is this one
 
