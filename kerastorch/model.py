@@ -661,7 +661,7 @@ class Model:
         """Has rank 0 write a file; the others wait for it, and fail where it does."""
         error = None
         try:
-            if self.backend.rank == 0:
+            if self.backend.rank == 0 or self.is_dry_run:  # of which each process has a folder
                 write(path, state)
             elif Path(path).is_relative_to(self.backend.scratch):  # what callbacks look after as rank 0's do
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
