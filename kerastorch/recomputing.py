@@ -22,7 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from .patterns import matches
 
 ARGUMENT = "checkpoint_activations"
-EXPECTED = "True for the repeated blocks, names or patterns of submodules such as 'encoder.layers.*', or classes of them"
+Slot = tuple[nn.Module, str]  # where a buffer is: in which module, by what name
+EXPECTED = (
+    "True for the repeated blocks, names or patterns of submodules such as 'encoder.layers.*', or classes of them"
+)
 
 
 @contextmanager
@@ -121,7 +124,7 @@ def _is_class(one: Any) -> bool:
 
 def _runs(part: nn.Module) -> bool:
     """Whether it is called: an `nn.ModuleList` is not, those in it are."""
-    return type(part).forward is not nn.Module.forward
+    return isinstance(part, torch.jit.ScriptModule) or type(part).forward is not nn.Module.forward
 
 
 def _meant(module: nn.Module, known: dict[str, nn.Module], one: str | type) -> dict[str, nn.Module]:
@@ -171,7 +174,7 @@ def _repeated_blocks(module: nn.Module, known: dict[str, nn.Module]) -> dict[str
         if repeated:
             return {name: part for name, part in found.items() if _is_row_of_layers(part)}
     raise ValueError(
-        f"{ARGUMENT}=True found no repeated blocks: no class of submodules with several layers occurs twice. Submodules "
+        f"{ARGUMENT}=True found no repeated blocks: no class of submodules with several layers occurs twice. There "
         f"are {_listed(known)}. Name those to compute again, e.g. {ARGUMENT}={next(iter(known), 'encoder')!r}."
     )
 
@@ -241,11 +244,12 @@ class _Buffers:
 
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:
         self.modules = modules
-        self.before: dict[tuple[nn.Module, str], Tensor] = {}  # those that the first pass has changed
+        self.before: dict[Slot, Tensor] = {}  # those that the first pass has changed
+        self.originals: list[tuple[Slot, Tensor]] = []
 
     def contexts(self) -> tuple[Any, Any]:
-        """As `torch.utils.checkpoint` wants them: one around the first pass, one around each of the others."""
-        return self._watched(), self._replaced()
+        """As `torch.utils.checkpoint` wants them: one around the first pass, and one around each of the others."""
+        return self._watched(), self
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -257,19 +261,18 @@ class _Buffers:
             if buffer is not original or buffer._version != version:
                 self.before[slot] = before
 
-    @contextmanager
-    def _replaced(self) -> Iterator[None]:
-        originals, copies = self._slots(), _Copies()
-        try:
-            # All of them: torch's norms change theirs without a trace in `_version`, but read none of them in training.
-            for (module, name), buffer in originals:
-                module._buffers[name] = copies.of(self.before.get((module, name), buffer))
-            yield
-        finally:
-            for (module, name), buffer in originals:
-                module._buffers[name] = buffer
+    def __enter__(self) -> None:
+        copies, self.originals = _Copies(), self._slots()
+        # All of them: torch's norms change theirs without a trace in `_version`, but read none of them in training.
+        for (module, name), buffer in self.originals:
+            module._buffers[name] = copies.of(self.before.get((module, name), buffer))
 
-    def _slots(self) -> list[tuple[tuple[nn.Module, str], Tensor]]:
+    def __exit__(self, *error: Any) -> None:
+        for (module, name), buffer in self.originals:
+            module._buffers[name] = buffer
+        self.originals = []
+
+    def _slots(self) -> list[tuple[Slot, Tensor]]:
         return [
             ((module, name), buffer)
             for module in self.modules
