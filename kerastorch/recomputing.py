@@ -11,7 +11,7 @@ import difflib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -209,17 +209,22 @@ class _Recomputing:
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         if not (self.part.training and torch.is_grad_enabled()):
             return self.forward(*inputs, **named)
-        names, forward = tuple(named), self.forward
+        # All by position: torch knows device and autocast from these, and some names are its own arguments.
+        return checkpoint(self._passes(tuple(named)), *inputs, *named.values(), use_reentrant=False)
+
+    def _passes(self, names: tuple[str, ...]) -> Callable:
+        """What is called first in the forward pass, and then for each recomputation of it."""
+        forward, buffers = self.forward, _Buffers(self.inner)
 
         def run(*given: Any) -> Any:
             positional = len(given) - len(names)
-            return forward(*given[:positional], **dict(zip(names, given[positional:], strict=True)))
+            inputs, named = given[:positional], dict(zip(names, given[positional:], strict=True))
+            if torch.compiler.is_compiling():  # there a change of a buffer is part of the graph, and happens once
+                return forward(*inputs, **named)
+            with buffers.pass_begins():
+                return forward(*inputs, **named)
 
-        # All by position: torch knows device and autocast from these, and some names are its own arguments.
-        given = (*inputs, *named.values())
-        if torch.compiler.is_compiling():  # there a change of a buffer is part of the graph, and happens once
-            return checkpoint(run, *given, use_reentrant=False)
-        return checkpoint(run, *given, use_reentrant=False, context_fn=_Buffers(self.inner).contexts)
+        return run
 
     def let_go(self) -> None:
         """The part is as it was."""
@@ -243,13 +248,13 @@ class _Buffers:
     """
 
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:
-        self.modules = modules
+        self.modules, self.is_first = modules, True
         self.before: dict[Slot, Tensor] = {}  # those that the first pass has changed
-        self.originals: list[tuple[Slot, Tensor]] = []
 
-    def contexts(self) -> tuple[Any, Any]:
-        """As `torch.utils.checkpoint` wants them: one around the first pass, and one around each of the others."""
-        return self._watched(), self
+    def pass_begins(self) -> AbstractContextManager[None]:
+        """The first one, or one of the others."""
+        is_first, self.is_first = self.is_first, False
+        return self._watched() if is_first else self._replaced()
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -261,16 +266,17 @@ class _Buffers:
             if buffer is not original or buffer._version != version:
                 self.before[slot] = before
 
-    def __enter__(self) -> None:
-        copies, self.originals = _Copies(), self._slots()
-        # All of them: torch's norms change theirs without a trace in `_version`, but read none of them in training.
-        for (module, name), buffer in self.originals:
-            module._buffers[name] = copies.of(self.before.get((module, name), buffer))
-
-    def __exit__(self, *error: Any) -> None:
-        for (module, name), buffer in self.originals:
-            module._buffers[name] = buffer
-        self.originals = []
+    @contextmanager
+    def _replaced(self) -> Iterator[None]:
+        originals, copies = self._slots(), _Copies()
+        try:
+            # All of them: torch's norms change theirs without a trace in `_version`, but read none of them in training.
+            for (module, name), buffer in originals:
+                module._buffers[name] = copies.of(self.before.get((module, name), buffer))
+            yield
+        finally:
+            for (module, name), buffer in originals:
+                module._buffers[name] = buffer
 
     def _slots(self) -> list[tuple[Slot, Tensor]]:
         return [

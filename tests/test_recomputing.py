@@ -507,6 +507,18 @@ def test_a_traced_module_is_in_one_graph_and_the_same(norm):
         torch.testing.assert_close(first, second)
 
 
+def test_a_part_that_cannot_be_traced_counts_once():
+    class Broken(Block):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    net = nn.Sequential(Broken(), Broken())
+    with recomputed(net, True):
+        torch.compile(net, backend="aot_eager")(torch.rand(8, 16)).sum().backward()
+    assert [part.norm.num_batches_tracked.item() for part in net] == [1, 1]
+
+
 def test_what_was_traced_before_is_traced_anew():
     net, x = blocks(2, norm=nn.LayerNorm), torch.rand(8, 16)
     traced = torch.compile(net, backend="aot_eager")
