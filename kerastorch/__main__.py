@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from .environment import Row, report
 
 GIB = 2**30
+NARROWEST = 30  # columns of text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,8 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def as_text(tables: dict[str, list[Row]], file: TextIO) -> str:
-    """The tables below one another; on a terminal as wide as that, else each row in one line."""
-    return "\n\n".join(f"{title}\n{_table(rows, file)}" for title, rows in tables.items() if rows)
+    """The tables below one another; on a terminal as wide as that, else with each row in one line."""
+    *tables_above, (_, launches) = tables.items()
+    parts = [f"{title}\n{_table(rows, file)}" for title, rows in tables_above if rows]
+    # Not as a table: these are to be copied.
+    parts += [f"# {row['where']}\n{row['command']}" for row in launches]
+    return "\n\n".join(parts)
 
 
 def _table(rows: list[Row], file: TextIO) -> str:
@@ -40,10 +45,10 @@ def _table(rows: list[Row], file: TextIO) -> str:
     shown = [{_heading(name): _text(name, value) for name, value in row.items()} for row in rows]
     if not file.isatty():
         return tabulate(shown, "keys", "plain", disable_numparse=True)
-    columns = list(shown[0])
-    taken = sum(max(len(row[name]) for row in [*shown, {one: one for one in columns}]) + 2 for name in columns[:-1])
-    widths = [None] * (len(columns) - 1) + [max(30, shutil.get_terminal_size().columns - taken)]
-    return tabulate(shown, "keys", "simple", disable_numparse=True, maxcolwidths=widths)
+    *columns, _ = shown[0]
+    taken = sum(max([len(name) + 2, *(len(row[name]) for row in shown)]) + 2 for name in columns)  # as tabulate pads
+    left = max(NARROWEST, shutil.get_terminal_size().columns - taken)
+    return tabulate(shown, "keys", "simple", disable_numparse=True, maxcolwidths=[None] * len(columns) + [left])
 
 
 def _heading(name: str) -> str:

@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from importlib import import_module, metadata
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ GPUS = ("cuda", "mps", "xpu")
 VARIABLES = (
     "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
     "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_JOB_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
-    "SLURM_LOCALID", "CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS",
-    "PJRT_DEVICE", "CPU_NUM_DEVICES", "TPU_NAME", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES",
+    "SLURM_LOCALID", "CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "GLOO_SOCKET_IFNAME",
+    "OMP_NUM_THREADS", "PJRT_DEVICE", "CPU_NUM_DEVICES", "TPU_NAME", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES",
 )  # fmt: skip
 XLA_PROGRAM = "import torch_xla; from torch_xla._internal import tpu; print('chips', tpu.num_available_chips())"
 XLA_TIMEOUT_S = 60
@@ -181,8 +182,8 @@ def backends(environment: Mapping[str, str] = os.environ) -> list[Row]:
         '"cpu"': lambda: (True, f"{_number(cores(), 'core')} may be used."),
         '"gpu"': _gpu_backend,
         "DDP": _ranks,
-        "FSDP": lambda: _with_module("torch.distributed.fsdp", "fully_shard"),
-        "Pipeline": lambda: _with_module("torch.distributed.pipelining", "PipelineStage"),
+        "FSDP": lambda: _ranks("torch.distributed.fsdp"),
+        "Pipeline": lambda: _ranks("torch.distributed.pipelining"),
         "DeepSpeed": _deepspeed,
         "TPU": lambda: _tpu(environment),
     }
@@ -206,6 +207,8 @@ def _gpu_backend() -> tuple[bool, str]:
 
 def _refusal(kind: str) -> str:
     """What torch says when it is to put something there."""
+    if kind == "mps" and not torch.backends.mps.is_built():
+        return "Torch not compiled with MPS enabled."  # what it says of the others
     try:
         torch.ones(1, device=kind).add_(1).cpu()
     except Exception as error:
@@ -213,10 +216,12 @@ def _refusal(kind: str) -> str:
     return "A sum of ones came out wrong."
 
 
-def _ranks() -> tuple[bool, str]:
-    """Whether several processes can meet, and through what."""
+def _ranks(engine: str = "torch.distributed") -> tuple[bool, str]:
+    """Whether several processes can meet, and through what; and whether a module of torch that they need is there."""
     if not dist.is_available():
         return False, "This torch is built without torch.distributed."
+    if find_spec(engine) is None:  # not imported: that takes seconds
+        return False, f"torch {torch.__version__} has no {engine}."
     built_in = {"NCCL": dist.is_nccl_available, "XCCL": getattr(dist, "is_xccl_available", bool),
                 "Gloo": dist.is_gloo_available, "MPI": dist.is_mpi_available}  # fmt: skip
     engines = [name for name, is_there in built_in.items() if is_there()]
@@ -228,14 +233,6 @@ def _ranks() -> tuple[bool, str]:
     else:
         where = f"CPU ranks, by {'Gloo' if 'Gloo' in engines else engines[0]}, for debugging and for several machines"
     return True, f"{where}. Built in: {', '.join(engines)}."
-
-
-def _with_module(module: str, name: str) -> tuple[bool, str]:
-    """As `_ranks`, and with what torch's own engine needs."""
-    usable, why = _ranks()
-    if usable and not hasattr(import_module(module), name):
-        return False, f"This torch has no {name} in {module}."
-    return usable, why
 
 
 def _deepspeed() -> tuple[bool, str]:
@@ -297,7 +294,8 @@ def launches() -> list[Row]:
             f"torchrun --nnodes=2 {meet} --rdzv-id=1 --rdzv-endpoint={socket.gethostname()}:{PORT} train.py"
         ),
         "SLURM, in a script for sbatch --nodes=2 --ntasks-per-node=1": (
-            f"srun torchrun --nnodes=$SLURM_JOB_NUM_NODES {meet} --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint={first} train.py"
+            f"srun torchrun --nnodes=$SLURM_JOB_NUM_NODES {meet} --rdzv-id=$SLURM_JOB_ID "
+            f"--rdzv-endpoint={first} train.py"
         ),
         "a pod of TPUs, from anywhere": (
             "gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all "
