@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import is_lazy as has_no_shape_yet
 from torch.utils.checkpoint import checkpoint
 
 from .patterns import matches
@@ -35,6 +35,7 @@ def recomputed(module: nn.Module, what: Any) -> Iterator[None]:
     Gradients, dropout and running statistics are those of a run without. Parameters, names and classes stay as they
     are, and copies or pickles made meanwhile are of the plain module. Hooks of a part run once; those of layers inside
     it, and what else its forward does besides changing buffers (counting in Python, a cache for generation), twice.
+    On a TPU dropout is the same in both passes; from the second step on it is another one than in a run without.
 
     Args:
         module: Whose parts these are. Changed in place, and as before afterwards.
@@ -52,8 +53,9 @@ def recomputed(module: nn.Module, what: Any) -> Iterator[None]:
     Source: "Training Deep Nets with Sublinear Memory Cost", Chen et al. 2016; `torch.utils.checkpoint`.
     """
     parts = [part for part in parts_to_recompute(module, what).values() if not _is_held(part)]
+    is_lazy = any(parameter.device.type == "xla" for parameter in module.parameters())
     for part in parts:
-        part.__dict__["forward"] = _Recomputing(part)
+        part.__dict__["forward"] = _Recomputing(part, is_lazy)
     try:
         yield
     finally:
@@ -200,9 +202,10 @@ class _Recomputing:
     As an attribute of the instance it changes neither class nor names. Copied or pickled it is what it stands for.
     """
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, part: nn.Module, is_lazy: bool) -> None:
         self.part, self.had_own = part, "forward" in part.__dict__
         self.inner = tuple(part.modules())
+        self.is_lazy = is_lazy
         self.forward: Callable = part.forward
         functools.update_wrapper(self, self.forward, updated=())  # for those who ask for its arguments
 
@@ -210,7 +213,10 @@ class _Recomputing:
         if not (self.part.training and torch.is_grad_enabled()):
             return self.forward(*inputs, **named)
         # All by position: torch knows device and autocast from these, and some names are its own arguments.
-        return checkpoint(self._passes(tuple(named)), *inputs, *named.values(), use_reentrant=False)
+        run, given = self._passes(tuple(named)), (*inputs, *named.values())
+        if self.is_lazy:
+            return checkpoint(_on_xla(run, self.part, given), use_reentrant=False)
+        return checkpoint(run, *given, use_reentrant=False)
 
     def _passes(self, names: tuple[str, ...]) -> Callable:
         """What is called first in the forward pass, and then for each recomputation of it."""
@@ -235,6 +241,29 @@ class _Recomputing:
 
     def __reduce__(self) -> tuple:
         return functools.partial, (self.forward,)
+
+
+def _on_xla(run: Callable, part: nn.Module, given: tuple) -> Callable:
+    """The passes on torch_xla's tensors, of whose random numbers and autocast torch's checkpoint knows nothing.
+
+    Source: `torch_xla.utils.checkpoint`, which needs inputs with gradients and outputs that are plain tensors.
+    """
+    import torch_xla.core.xla_model as xla
+
+    first = []
+
+    def run_lazily() -> Any:
+        if not first:
+            first[:] = xla.get_rng_state(), torch.is_autocast_enabled("xla"), torch.get_autocast_dtype("xla")
+            return run(*given)
+        seed, enabled, dtype = first
+        # Else the compiler would see that it has these values already, and keep them instead.
+        xla.optimization_barrier_([*filter(torch.is_tensor, given), *part.parameters(), *part.buffers()])
+        with xla.fork_rng(), torch.autocast("xla", dtype, enabled):
+            xla.set_rng_state(seed)
+            return run(*given)
+
+    return run_lazily
 
 
 class _Buffers:
@@ -283,7 +312,7 @@ class _Buffers:
             ((module, name), buffer)
             for module in self.modules
             for name, buffer in module._buffers.items()
-            if buffer is not None and not is_lazy(buffer)
+            if buffer is not None and not has_no_shape_yet(buffer)
         ]
 
 

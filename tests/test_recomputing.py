@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import pickle
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 import kerastorch as kt
 from kerastorch import recomputing
 from kerastorch.recomputing import parts_to_recompute, recomputed, refuse_unknown
+
+ROOT = Path(__file__).parent.parent
 
 
 class Block(nn.Module):
@@ -526,6 +533,43 @@ def test_what_was_traced_before_is_traced_anew():
     with recomputed(net, True):
         assert kept_bytes(traced, x, None) < plain
     assert kept_bytes(traced, x, None) == plain
+
+
+ON_XLA = """
+import copy, torch, torch_xla
+import torch_xla.debug.metrics as metrics
+from kerastorch.recomputing import recomputed
+from tests.test_recomputing import Block, blocks
+
+device = torch_xla.device()
+net, x, results = blocks().to(device), torch.rand(8, 16).to(device), []
+for what in (False, True):
+    torch_xla.manual_seed(3)
+    one = copy.deepcopy(net)
+    with recomputed(one, what):
+        with torch.autocast("xla", torch.bfloat16):
+            loss = one(x).sum()
+        loss.backward()
+        graph = torch_xla._XLAC._get_xla_tensors_hlo([parameter.grad for parameter in one.parameters()])
+    results.append([parameter.grad.cpu() for parameter in one.parameters()] + [b.cpu() for b in one.buffers()])
+assert all(map(torch.equal, *results))
+assert "opt-barrier" in graph
+
+compiled = []
+with recomputed(net, True):
+    for _ in range(4):
+        net(x).sum().backward()
+        net.zero_grad()
+        torch_xla.sync()
+        compiled.append(metrics.metric_data("CompileTime")[0])
+assert compiled[0] == compiled[-1], compiled
+"""
+
+
+@pytest.mark.skipif(find_spec("torch_xla") is None, reason="needs torch_xla")
+def test_on_xla_random_numbers_and_autocast_are_those_of_the_first_pass():
+    environment = os.environ | {"PJRT_DEVICE": "CPU"}
+    subprocess.run([sys.executable, "-c", ON_XLA], check=True, timeout=120, env=environment, cwd=ROOT)
 
 
 @pytest.mark.conformance
