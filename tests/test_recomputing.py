@@ -539,10 +539,11 @@ ON_XLA = """
 import copy, torch, torch_xla
 import torch_xla.debug.metrics as metrics
 from kerastorch.recomputing import recomputed
-from tests.test_recomputing import Block, blocks
+from tests.test_recomputing import blocks
 
 device = torch_xla.device()
-net, x, results = blocks().to(device), torch.rand(8, 16).to(device), []
+net, x, results = blocks(2).to(device), torch.rand(8, 16).to(device), []
+torch_xla.sync()
 for what in (False, True):
     torch_xla.manual_seed(3)
     one = copy.deepcopy(net)
@@ -551,6 +552,7 @@ for what in (False, True):
             loss = one(x).sum()
         loss.backward()
         graph = torch_xla._XLAC._get_xla_tensors_hlo([parameter.grad for parameter in one.parameters()])
+    torch_xla.sync()
     results.append([parameter.grad.cpu() for parameter in one.parameters()] + [b.cpu() for b in one.buffers()])
 assert all(map(torch.equal, *results))
 assert "opt-barrier" in graph
@@ -562,7 +564,7 @@ with recomputed(net, True):
         net.zero_grad()
         torch_xla.sync()
         compiled.append(metrics.metric_data("CompileTime")[0])
-assert compiled[0] == compiled[-1], compiled
+assert compiled[1] == compiled[-1], compiled
 """
 
 
