@@ -40,6 +40,10 @@ def blocks(count: int = 3, **options) -> nn.Module:
     return nn.Sequential(*[Block(**options) for _ in range(count)])
 
 
+def doubled(x):
+    return 2 * x
+
+
 class Wrapped(nn.Module):
     """One part, named `part`, and what becomes of its output."""
 
@@ -222,7 +226,7 @@ def test_inputs_and_outputs_of_any_structure():
             return {"two": (hidden, None), "scale": scale, "sum": hidden.exp().sum()}
 
     def call(part, x):
-        output = part({"a": x}, None, debug=x + 1)
+        output = part(x={"a": x}, scale=None, debug=x + 1)
         assert output["two"][1] is None
         assert output["scale"] is None
         return output["two"][0] * output["sum"]
@@ -301,16 +305,19 @@ def test_afterwards_it_is_as_before_even_after_an_error():
 def test_copies_made_meanwhile_are_plain_and_on_their_own(copied, has_own, monkeypatch):
     net, x = blocks(norm=nn.LayerNorm), torch.rand(8, 16)
     if has_own:
-        net[0].forward = net[0].forward
+        net[0].forward = doubled
     with recomputed(net, True):
         other = copied(net)
         monkeypatch.setattr(recomputing, "checkpoint", None)
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.zero_()
-        other(x).sum().backward()
+        other[1:](other[0](x)).sum().backward()
+    if has_own:
+        assert torch.equal(other[0](x), 2 * x)
     assert all(parameter.grad is None for parameter in net.parameters())
-    assert all(parameter.grad is not None for parameter in other.parameters())
+    assert all(parameter.grad is not None for parameter in other[1:].parameters())
+    assert (other[0].inner.weight.grad is None) == has_own
     assert other[0].inner.weight.abs().sum() > 0
     copied(other)(x)
 
@@ -329,11 +336,14 @@ def test_hooks_of_a_part_run_once_and_those_inside_it_twice():
 def test_a_run_within_a_run_leaves_the_outer_one_as_it_is(monkeypatch):
     net, x = blocks(), torch.rand(8, 16)
     with recomputed(net, True):
+        held = net[0].forward
         with recomputed(net, "*"):
-            pass
-        called = forward_calls(net)
+            assert net[0].forward is held
+            called = forward_calls(net)
+            net(x).sum().backward()
+            assert called.count("0.inner") == 2
         net(x).sum().backward()
-        assert called.count("0.inner") == 2
+        assert called.count("0.inner") == 4
     assert not any("forward" in vars(part) for part in net.modules())
 
 
@@ -392,6 +402,20 @@ def test_true_means_what_repeats_as_attributes_where_nothing_is_in_rows():
             self.down, self.up, self.head = Block(), Block(), nn.Linear(4, 4)
 
     assert list(parts_to_recompute(Net(), True)) == ["down", "up"]
+
+
+def test_true_means_the_blocks_of_two_towers_and_not_the_towers():
+    class Tower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = blocks(2)
+
+        def forward(self, x):
+            return self.blocks(x)
+
+    net = nn.Module()
+    net.query, net.key = Tower(), Tower()
+    assert list(parts_to_recompute(net, True)) == ["query.blocks.0", "query.blocks.1", "key.blocks.0", "key.blocks.1"]
 
 
 def test_blocks_of_a_kind_are_found_outside_of_rows_too():
@@ -463,7 +487,8 @@ def test_true_without_repeated_blocks_is_refused():
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 def test_a_module_of_torchscript_is_refused_by_name_and_left_out_by_true():
     net = blocks(norm=nn.LayerNorm)
-    net.append(torch.jit.trace(nn.Sequential(nn.Linear(16, 16), nn.Tanh()), torch.rand(1, 16)))
+    for _ in range(2):
+        net.append(torch.jit.trace(nn.Sequential(nn.Linear(16, 16), nn.Tanh()), torch.rand(1, 16)))
     assert list(parts_to_recompute(net, True)) == ["0", "1", "2"]
     with pytest.raises(TypeError, match="means '3', a module of TorchScript"):
         parts_to_recompute(net, "*")
