@@ -143,7 +143,7 @@ def memory(root: Path = Path("/")) -> tuple[int, int]:
     for folder in _control_groups(root, "memory"):
         limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
         used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
-        if limit.isdigit() and used.isdigit() and int(limit) < machine.total:
+        if limit.isdigit() and used.isdigit():
             # Files that were read are given back when memory is needed.
             cached = dict(line.split() for line in _read(folder / "memory.stat").splitlines()).get("inactive_file", 0)
             total, free = min(total, int(limit)), min(free, int(limit) - int(used) + int(cached))
