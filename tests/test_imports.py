@@ -64,6 +64,9 @@ BELOW = {
     "checks": {"callbacks.base", "structures"},
     "debugging": set(),
     "durations": set(),
+    "__main__": {"environment"},
+    "environment": {"__version__", "backends.single"},  # the first a name, not a file
+    "recomputing": {"patterns"},
     "export": {"checkpoint", "seeding", "step", "structures"},
     "flops": set(),
     "summary": {"tracing"},
