@@ -80,6 +80,7 @@ def _take_back(model: Any, brought: dict[str, Any], options: Mapping[str, Any]) 
     value = brought["value"]
     for name, parameter in model.module.named_parameters():
         parameter.requires_grad_(name in set(brought["trained"]))
+    _regroup(model, brought["state"])
     restore(model, brought["state"], "what the ranks have trained")
     for callback, kept in zip(_callbacks_in(options), brought["callbacks"], strict=True):
         if isinstance(callback, Callback):
@@ -88,3 +89,13 @@ def _take_back(model: Any, brought: dict[str, Any], options: Mapping[str, Any]) 
     if type(value).__name__ == "History":
         model.history = value
     return value
+
+
+def _regroup(model: Any, state: Mapping[str, Any]) -> None:
+    """Gives optimizers the groups that callbacks have made of theirs."""
+    parameters = dict(model.module.named_parameters())
+    for name, update in model.updates.items():
+        groups, first = update.optimizer.param_groups, update.optimizer.param_groups[0]
+        wanted = state["optimizers"][name]["groups"]
+        if len(wanted) != len(groups):
+            groups[:] = [first | {"params": [parameters[one] for one in names]} for names in wanted]

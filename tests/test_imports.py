@@ -96,7 +96,7 @@ BELOW = {
     "backends.batchnorm": set(),
     "backends.launch": set(),
     "backends.ranks": {"backends.single", "structures"},
-    "backends.single": {"structures"},
+    "backends.single": {"recomputing", "structures"},
     "state": {"checkpoint", "history"},
     "averages": {"checkpoint"},
     "checkpoint": {"__version__", "kinds", "writing"},  # the first a name, not a file

@@ -43,6 +43,8 @@ class DDP(Ranks):
             each rank by those of its part. Default: `True`.
         find_unused_parameters: Whether parameters may have a gradient in some steps and none in others. Default:
             `False`; those that never have one are no matter.
+        checkpoint_activations: Submodules that compute their activations again in the backward pass, as in `Single`.
+            Default: none.
         timeout_s: Seconds that a rank waits for the others before it gives up with an error. Default: 600.
         max_restarts: How often processes that `fit` has started are started again when one of them died, from the last
             file of the run's `ModelCheckpoint` or `BackupAndRestore`. Default: 0.
@@ -58,6 +60,7 @@ class DDP(Ranks):
         weights: Sequence[float] | None = None,
         sync_batchnorm: bool = True,
         find_unused_parameters: bool = False,
+        checkpoint_activations: Any = None,
         timeout_s: float = 600.0,
         max_restarts: int = 0,
     ) -> None:
@@ -65,7 +68,7 @@ class DDP(Ranks):
         self.max_restarts = max_restarts
         self._module: nn.Module | None = None
         self._forget()
-        super().__init__(devices, num_nodes, weights, timeout_s)
+        super().__init__(devices, num_nodes, weights, timeout_s, checkpoint_activations)
 
     def launch(self, call: Callable[[], Any]) -> Any:
         """Calls a function in ranks that are started for it, and returns what rank 0 returns."""

@@ -55,12 +55,18 @@ class Ranks(Single):
         num_nodes: Machines; more than one are started by `torchrun`. `None` = as many as it did.
         weights: How much of each batch each rank takes, in proportion; `None` = all the same.
         timeout_s: Seconds that a rank waits for the others before it gives up.
+        checkpoint_activations: As in `Single`.
     Raises:
         ValueError, TypeError: no such devices; or `torchrun` has started other processes than asked for.
     """
 
     def __init__(
-        self, devices: str | int | Sequence[int], num_nodes: int | None, weights: Any, timeout_s: float
+        self,
+        devices: str | int | Sequence[int],
+        num_nodes: int | None,
+        weights: Any,
+        timeout_s: float,
+        checkpoint_activations: Any,
     ) -> None:
         self.devices, self.num_nodes, self.weights, self.timeout_s = devices, num_nodes, weights, timeout_s
         _refuse_no_devices(devices, num_nodes, timeout_s)
@@ -70,6 +76,7 @@ class Ranks(Single):
         self.own_random = None
         self._is_running = False
         self.is_joined = self.starts_ranks = False
+        self.checkpoint_activations = checkpoint_activations
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             self.join()
             return
@@ -82,12 +89,13 @@ class Ranks(Single):
                 f"--rdzv-endpoint=HOST:29500, HOST being one of them."
             )
         # GPUs are left alone until the ranks have started: a process that has used one cannot be forked.
-        super().__init__("cpu" if self.starts_ranks else _device_of(devices, 0))
+        device = "cpu" if self.starts_ranks else _device_of(devices, 0)
+        super().__init__(device, checkpoint_activations=checkpoint_activations)
 
     def join(self) -> None:
         """Becomes the rank that the environment names."""
         local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-        super().__init__(_device_of(self.devices, local))
+        super().__init__(_device_of(self.devices, local), checkpoint_activations=self.checkpoint_activations)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         limit = timedelta(seconds=self.timeout_s)
@@ -162,12 +170,13 @@ class Ranks(Single):
     @contextmanager
     def running(self, module: nn.Module) -> Iterator[None]:
         if not self.is_joined or self._is_running:
-            yield
+            with super().running(module):
+                yield
             return
         self._share_random()
         self._is_running = True
         try:
-            with self._words_of_first():
+            with self._words_of_first(), super().running(module):
                 yield
         finally:
             self._is_running, self.part = False, None

@@ -10,12 +10,13 @@ has, and `agree` ends a run for all at once. The loop and the step ask a backend
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..recomputing import parts_to_recompute, recomputed, refuse_unknown
 from ..structures import leaves, map_structure
 
 # Share of the free device memory that data may take to live there, so that no batch is ever copied.
@@ -29,8 +30,12 @@ class Single:
 
     Args:
         device: As in torch: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"xpu"`.
+        checkpoint_activations: Which submodules keep no activations for the backward pass, but compute them again
+            there, for less memory: `True` = the repeated blocks; names or patterns of submodules, such as
+            `"encoder.layers.*"`; or classes of them. Default: none.
     Raises:
         ValueError: torch cannot use such a device here.
+        TypeError: `checkpoint_activations` is none of these.
     """
 
     rank, world = 0, 1
@@ -39,7 +44,9 @@ class Single:
     starts_ranks = False  # whether `launch` must run a verb in processes of its own
     scratch: str | None = None  # where files go that another process writes; `None` = it is this one
 
-    def __init__(self, device: str | torch.device = "cpu") -> None:
+    def __init__(self, device: str | torch.device = "cpu", *, checkpoint_activations: Any = None) -> None:
+        refuse_unknown(checkpoint_activations)
+        self.checkpoint_activations = checkpoint_activations
         # With its number: batches that are there say "cuda:0", and "cuda" is not equal to that.
         self.device = real_device(torch.device(device))
         if self.device is None:
@@ -58,6 +65,7 @@ class Single:
 
     def place(self, module: nn.Module) -> nn.Module:
         """Moves the module's parameters and buffers to the device, in place."""
+        parts_to_recompute(module, self.checkpoint_activations)  # an unknown name is refused here
         return module.to(self.device)
 
     def hold(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -84,7 +92,7 @@ class Single:
 
     def running(self, module: nn.Module) -> AbstractContextManager:
         """What holds while the module is trained or measured."""
-        return nullcontext()
+        return recomputed(module, self.checkpoint_activations)
 
     own_random: Tensor | None = None  # where the random numbers are that this process alone draws
 
@@ -175,10 +183,14 @@ class Single:
 
 
 class CPU(Single):
-    """Runs in this process, on the CPU."""
+    """Runs in this process, on the CPU.
 
-    def __init__(self) -> None:
-        super().__init__("cpu")
+    Args:
+        checkpoint_activations: As in `Single`.
+    """
+
+    def __init__(self, *, checkpoint_activations: Any = None) -> None:
+        super().__init__("cpu", checkpoint_activations=checkpoint_activations)
 
 
 class GPU(Single):
@@ -186,17 +198,18 @@ class GPU(Single):
 
     Args:
         index: Its number. Default: 0.
+        checkpoint_activations: As in `Single`.
     Raises:
         ValueError: there is none, or none of that number.
     """
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int = 0, *, checkpoint_activations: Any = None) -> None:
         kind = first_usable(GPUS)
         if kind is None:
             raise ValueError('backend="gpu" found no GPU that torch can use. Give backend="cpu".')
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise ValueError(f"index={index!r} is no number of a GPU. Give a whole number from 0 up.")
-        super().__init__(torch.device(kind, index))
+        super().__init__(torch.device(kind, index), checkpoint_activations=checkpoint_activations)
 
 
 def first_usable(kinds: Sequence[str]) -> str | None:
