@@ -81,9 +81,9 @@ class Window:
             for name, gradients in self._apart.items():
                 self._divide(name, gradients)
             _put(self.parameters, map(_sum, zip(*self._apart.values(), strict=True)))
+        self.ranks.average(self.parameters)
         for name in () if self._apart else self._totals:
             self._divide(name, [parameter.grad for parameter in self.parameters])
-        self.ranks.average(self.parameters)
         self._forget()
         self._announce()
 

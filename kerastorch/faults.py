@@ -1,4 +1,4 @@
-"""What ends a run from below it: memory that runs out, a data worker that dies. What was going on then, and what to do.
+"""What ends a run from below it: memory that runs out, a data worker or another rank that dies. Where, and what to do.
 
 An error is looked at when it has already ended the run, and the place is read from its traceback: the loop keeps
 nothing for it.
@@ -24,6 +24,8 @@ READING = tuple(f"{__package__}.{name}" for name in ("backends.", "data", "passe
 
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+(?:, \d+)*)\) (?:exited unexpectedly|is killed)")
 HOW_IT_DIED = re.compile(r"killed by signal: ([^.]+)\.|with exit code (\d+)")
+
+LOST_RANK = re.compile(r"Timed out waiting|Connection (?:closed|reset) by peer|collective operation timeout")
 
 WAITED_S = 0.2  # for a worker to end that has closed its end of a connection
 
@@ -92,11 +94,21 @@ def _explained(error: BaseException, raised: BaseException, in_callback: Callabl
         return error
     if dead := _dead_worker(error):
         return RuntimeError(_text_of_dead(*dead, place))
+    if isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
+        return RuntimeError(_text_of_lost(error, place))
     in_worker = str(error).startswith("Caught ")  # there the sample is named, and batches have nothing to do with it
     is_told = is_in_callback or in_worker or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
     if is_out_of_memory(error) and not is_told:
         return _again(error, _text_of_memory(error, place))
     return error
+
+
+def _text_of_lost(error: RuntimeError, place: Place) -> str:
+    return (
+        f"this rank waited in vain for another one, {place}. That one has ended, and its own error says why; or it "
+        f"does something else, as where a callback or an if on the rank has only some of them evaluate, save or step. "
+        f"Have all ranks do the same, or give DDP a longer timeout_s. ({str(error).splitlines()[0]})"
+    )
 
 
 def _untangle(error: BaseException) -> None:

@@ -37,7 +37,13 @@ def _in_rank(model: Any, name: str, args: tuple, options: dict[str, Any]) -> dic
     value = getattr(model, name)(*args, **options)
     trained = [name for name, one in model.module.named_parameters() if one.requires_grad]
     callbacks = [_kept_of(one) for one in _callbacks_in(options)]
-    return {"value": value, "state": state_of(model), "trained": trained, "callbacks": callbacks}
+    return {
+        "value": value,
+        "state": state_of(model),
+        "trained": trained,
+        "callbacks": callbacks,
+        "steps": model.steps_taken,
+    }
 
 
 def arrive(model: Any) -> None:
@@ -86,6 +92,7 @@ def _take_back(model: Any, brought: dict[str, Any], options: Mapping[str, Any]) 
         if isinstance(callback, Callback):
             callback.model = model
         vars(callback).update(kept)
+    model._steps_of_ranks = brought["steps"]
     if type(value).__name__ == "History":
         model.history = value
     return value

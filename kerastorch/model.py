@@ -111,6 +111,7 @@ class Model:
         self._running: Recipe | None = None
         self._own_step: OwnStep | None = None
         self._compile_options: dict[str, Any] = {}
+        self._steps_of_ranks = 0  # which `fit` has started
         self._training_data: Data | None = None
         self._training: Recipe | None = None
         self._dry_run_folder: Path | None = None
@@ -749,7 +750,7 @@ class Model:
     @property
     def steps_taken(self) -> int:
         """Optimizer steps of the running `fit`, or of the last one."""
-        return 0 if self._training is None else self._training.steps
+        return self._steps_of_ranks if self._training is None else self._training.steps
 
     @property
     def is_gathering(self) -> bool:

@@ -72,7 +72,7 @@ class Run:
     def _of_ranks(self) -> dict[str, Any]:
         """What each process has for itself: of rank 0, as if it were alone, and of all where there are several."""
         backend = self.model.backend
-        own = {"within_epoch": self._within_epoch() if self.position.batch else None, "random": backend.own_random}
+        own = {"within_epoch": self._within_epoch() if self.position.batch else None, "backend": backend.state_dict()}
         ranks = backend.collect(own) if backend.world > 1 else []
         return {"within_epoch": own["within_epoch"], "ranks": ranks}
 
@@ -135,9 +135,9 @@ class Run:
 
     def _taken_up(self, run: Mapping[str, Any]) -> dict[str, Any] | None:
         """This process's part of what is known of the epoch: its own, or another one of as many as there are now."""
-        backend, ranks = self.model.backend, run.get("ranks") or [{"within_epoch": run["within_epoch"], "random": None}]
+        backend, ranks = self.model.backend, run.get("ranks") or [{"within_epoch": run["within_epoch"], "backend": {}}]
         if len(ranks) == backend.world:
-            backend.own_random = ranks[backend.rank]["random"]
+            backend.load_state_dict(ranks[backend.rank]["backend"])
             return ranks[backend.rank]["within_epoch"]
         if run["within_epoch"] is None:
             return None

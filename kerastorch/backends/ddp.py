@@ -8,7 +8,7 @@ user's own, a parameter without a gradient), gradients are averaged before the o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -65,6 +65,8 @@ class DDP(Ranks):
         max_restarts: int = 0,
     ) -> None:
         self.sync_batchnorm, self.find_unused_parameters = sync_batchnorm, find_unused_parameters
+        if not isinstance(max_restarts, int) or isinstance(max_restarts, bool) or max_restarts < 0:
+            raise ValueError(f"max_restarts={max_restarts!r} is no number of restarts. Give a whole number from 0 up.")
         self.max_restarts = max_restarts
         self._module: nn.Module | None = None
         self._forget()
@@ -96,6 +98,14 @@ class DDP(Ranks):
             return self._wrapped(*inputs, **named)
 
         return run
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"is_wrapped": self._wrapped is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if state.get("is_wrapped") and self._module is not None:  # at once: sums would be rounded otherwise
+            self._wrap(has_all=True)
 
     def _forget(self) -> None:
         self._wrapped: nn.parallel.DistributedDataParallel | None = None
@@ -163,7 +173,7 @@ def _average(gradients: list[Tensor], world: int) -> None:
         dist.all_reduce(gradients[0])
         gradients[0].div_(world)
         return
-    flat = torch.cat([one.reshape(-1) for one in gradients]).div_(world)
+    flat = torch.cat([one.reshape(-1) for one in gradients]).mul_(1 / world)  # as torch's wrapper rounds
     dist.all_reduce(flat)
     parts = flat.split([one.numel() for one in gradients])
     torch._foreach_copy_(gradients, [part.view_as(one) for part, one in zip(parts, gradients, strict=True)])

@@ -150,26 +150,30 @@ def _put_down(error: BaseException, path: Path) -> None:
 
 def raise_first_failure(folder: Path, error: Any) -> None:
     """Raises what the first rank to fail has raised; one that was killed has left nothing to say."""
-    attempt = max((int(one.suffixes[0][1:]) for one in folder.glob("*.error")), default=0)
-    said = {one.name.split(".")[0]: json.loads(one.read_text()) for one in folder.glob(f"*.{attempt}.error")}
-    killed = {rank: failure for rank, failure in error.failures.items() if failure.exitcode < 0}
-    silent = [(rank, failure) for rank, failure in killed.items() if str(rank) not in said]
-    if silent and not any(_is_own(words) for words in said.values()):
-        rank, failure = silent[0]
-        name = signal.Signals(-failure.exitcode).name
-        hint = ", which is what the system does where memory is short" if name == "SIGKILL" else ""
-        raise RuntimeError(f"rank {rank} was killed by {name}{hint}; the others were ended.") from None
-    if not said:
-        raise RuntimeError(f"a rank failed without a word: {error}") from error
-    rank, first = min(said.items(), key=lambda pair: pair[1]["time"])
+    attempts = [(int(one.suffixes[0][1:]), one) for one in folder.glob("*.error")]
+    last = max((attempt for attempt, _ in attempts), default=0)
+    said = {one.name.split(".")[0]: json.loads(one.read_text()) for attempt, one in attempts if attempt == last}
+    causes = {rank: words for rank, words in said.items() if not _is_of_another(words)}
+    silent = {rank: failure for rank, failure in error.failures.items() if str(rank) not in said}
+    if silent and not causes:
+        rank, failure = next(iter(silent.items()))
+        raise RuntimeError(f"rank {rank} {_end_of(failure.exitcode)}; the others were ended.") from None
+    rank, first = min((causes or said).items(), key=lambda pair: pair[1]["time"])
     known = getattr(builtins, first["type"], RuntimeError)
-    kind = known if isinstance(known, type) and issubclass(known, BaseException) else RuntimeError
+    kind = known if isinstance(known, type) and issubclass(known, Exception) else RuntimeError
     raise kind(f"{first['message']} (rank {rank})") from RankError(f"in rank {rank}:\n{first['traceback']}")
 
 
-def _is_own(words: dict[str, Any]) -> bool:
-    """Whether it is an error of the rank itself, and not that another one is gone."""
-    return "closed by peer" not in words["message"] and "reset by peer" not in words["message"]
+def _end_of(exitcode: int) -> str:
+    if exitcode >= 0:
+        return f"ended with exit code {exitcode}, without an error of Python's"
+    name = signal.Signals(-exitcode).name
+    return f"was killed by {name}" + (", as the system does where memory is short" if name == "SIGKILL" else "")
+
+
+def _is_of_another(words: dict[str, Any]) -> bool:
+    """Whether a rank has failed because another one was gone."""
+    return "by peer" in words["message"]
 
 
 @contextmanager
@@ -200,7 +204,8 @@ def _quiet() -> Iterator[None]:
     """Without the words of the launcher, which are its developers', and of Python, which fears for threads."""
     import logging
 
-    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.distributed.launcher")]
+    names = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing.spawn")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [one.level for one in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

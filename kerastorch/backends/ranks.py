@@ -10,10 +10,11 @@ Random numbers that the data is drawn with are the same on all ranks; those that
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import accumulate
@@ -73,7 +74,7 @@ class Ranks(Single):
         _refuse_no_weights(weights)
         self.part: Part | None = None
         self._asked: tuple[Any, Tensor] | None = None
-        self.own_random = None
+        self.own_random: Tensor | None = None  # those that this rank alone draws
         self._is_running = False
         self.is_joined = self.starts_ranks = False
         self.checkpoint_activations = checkpoint_activations
@@ -81,6 +82,7 @@ class Ranks(Single):
             self.join()
             return
         self.processes = _processes(devices)
+        self._refuse_other_weights(self.processes)
         self.starts_ranks = self.processes > 1
         if (num_nodes or 1) > 1:
             raise ValueError(
@@ -129,9 +131,12 @@ class Ranks(Single):
                 f"num_nodes={self.num_nodes} with {local} processes each asks for {self.num_nodes * local}, but "
                 f"{self.world} were started. Give torchrun --nnodes={self.num_nodes}, or leave num_nodes out."
             )
-        if self.weights is not None and len(self.weights) != self.world:
+        self._refuse_other_weights(self.world)
+
+    def _refuse_other_weights(self, processes: int) -> None:
+        if self.weights is not None and len(self.weights) != processes:
             raise ValueError(
-                f"weights has {len(self.weights)} numbers, but there are {self.world} processes. Give one for each."
+                f"weights has {len(self.weights)} numbers, but there are {processes} processes. Give one for each."
             )
 
     # Where it runs, and on what.
@@ -181,6 +186,7 @@ class Ranks(Single):
         finally:
             self._is_running, self.part = False, None
         self._send_from_first(module.buffers())  # what layers count for themselves, in each rank its own
+        self._move_on_if_drawn()
         if self._asked is not None:
             self._asked[0].wait()
             self._asked = None
@@ -194,17 +200,37 @@ class Ranks(Single):
             yield
 
     def _share_random(self) -> None:
-        """The random numbers of rank 0 for all, and another sequence for what each computes."""
+        """The random numbers of rank 0 for all; and for what each computes a sequence that follows from them."""
         common = torch.get_rng_state()
         dist.broadcast(common, src=0, group=self.hosts)
         torch.set_rng_state(common)
-        seed = torch.initial_seed()
-        is_fresh = torch.equal(common, torch.Generator().manual_seed(seed).get_state())
-        if self.own_random is None or is_fresh:
-            own = torch.Generator().manual_seed(_mixed(seed, self.rank))
-            self.own_random = own.get_state()
-            if self.device.type in GPUS:
-                torch.get_device_module(self.device).manual_seed(own.initial_seed())
+        seed = int.from_bytes(hashlib.sha256(common.numpy().tobytes() + bytes([self.rank])).digest()[:7], "big")
+        self.own_random = torch.Generator().manual_seed(seed).get_state()
+        if self.device.type in GPUS:
+            torch.get_device_module(self.device).manual_seed(seed)
+        self._random_before = self._random()
+
+    def _random(self) -> list[Tensor]:
+        """Where the random numbers are that this rank alone draws."""
+        of_device = [torch.get_device_module(self.device).get_rng_state()] if self.device.type in GPUS else []
+        return [self.own_random, *of_device]
+
+    def _move_on_if_drawn(self) -> None:
+        """The next run has other random numbers if this one has drawn any, as it would in one process."""
+        pairs = zip(self._random(), self._random_before, strict=True)
+        has_drawn = any(not torch.equal(now, before) for now, before in pairs)
+        if any(self.collect(has_drawn)):
+            torch.empty((), dtype=torch.int64).random_()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random": self._random()} if self._is_running else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if not state:  # of a run in one process, without any of its own
+            return
+        self.own_random, *of_device = state["random"]
+        for one in of_device:
+            torch.get_device_module(self.device).set_rng_state(one)
 
     def alone(self, function: Callable) -> Callable:
         if not self.is_joined:
@@ -284,11 +310,6 @@ class Ranks(Single):
 
 def _joined(parts: list[Any]) -> Any:
     return torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].ndim else parts[0]
-
-
-def _mixed(seed: int, rank: int) -> int:
-    """A seed for each rank that has nothing to do with those beside it."""
-    return int(torch.randint(2**62, (rank + 1,), generator=torch.Generator().manual_seed(seed))[rank])
 
 
 def _device_of(devices: Any, local: int) -> torch.device:

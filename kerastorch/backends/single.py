@@ -9,7 +9,7 @@ has, and `agree` ends a run for all at once. The loop and the step ask a backend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -94,8 +94,6 @@ class Single:
         """What holds while the module is trained or measured."""
         return recomputed(module, self.checkpoint_activations)
 
-    own_random: Tensor | None = None  # where the random numbers are that this process alone draws
-
     def alone(self, function: Callable) -> Callable:
         """A function that computes, drawing random numbers that no other process draws."""
         return function
@@ -144,6 +142,13 @@ class Single:
     def share_failure(self, error: Exception | None) -> Exception | None:
         """What rank 0, which writes for all, has failed with: each process is to fail where it does."""
         return error
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this process needs beside the model to go on with a run: tensors and plain data."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of the same process among as many."""
 
     def agree(self, wishes: list[bool], now: bool) -> list[bool]:
         """Which of several wishes any process has: those of `now`, or of the call before, for which nobody waits."""

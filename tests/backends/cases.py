@@ -164,7 +164,7 @@ CASES = {
     },
     "a rank without samples": {"data": (X[:33], Y[:33]), "fit": {"batch_size": 32}},
     "a rank without samples, normalized": {
-        "net": lambda: mlp(norm=True), "data": (X[:98], Y[:98]), "fit": {"batch_size": 32},
+        "net": lambda: mlp(norm=True), "compile": SGD, "data": (X[:98], Y[:98]), "fit": {"batch_size": 32},
     },
     "a window of such": {"data": (X[:65], Y[:65]), "fit": {"batch_size": 16, "accumulate": 3}},
     "sample_weight": {"fit": {"sample_weight": np.linspace(0, 2, 101).astype("float32")}},

@@ -1,0 +1,309 @@
+"""DDP: several processes train as one, whatever the data, the step and the loss; and what happens when one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import kerastorch as kt
+from kerastorch import backends
+from tests.backends import going_on
+from tests.backends.cases import CASES, X, Y
+from tests.backends.cases import differences as differences_here
+from tests.backends.ranks import differences, finished, in_session, start, torchrun
+
+HERE = Path(__file__).parent
+# Adam divides by the size of a gradient, and so makes of a rounding in one that is almost 0 a step of the rate's size.
+LARGEST = 1e-5
+FEW = (
+    "everything at once",
+    "a rank without samples",
+    "a rank without samples, normalized",
+    "a window of such",
+    "loader with workers",
+)
+
+
+def assert_same(found, largest=LARGEST):
+    first, other = found["stopped_by"]
+    assert first == other or "one rank" in str(found)
+    assert all(found[what] <= largest for what in ("weights", "history", "evaluate", "predict")), found
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    return differences(tmp_path_factory.mktemp("two"), {"backend": "DDP", "timeout_s": 60})
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "one rank" not in name])
+def test_two_ranks_train_as_one_process(by_two, name):
+    assert_same(by_two[name], {"double": 1e-12, "fp16": 1e-4}.get(name, LARGEST))
+
+
+def test_a_stop_that_one_rank_asks_for_ends_the_run_of_all_at_that_batch(by_two):
+    assert by_two["a stop that one rank asks for"]["weights"] <= LARGEST
+
+
+def test_four_ranks_and_unequal_shares_train_as_one_process(tmp_path):
+    options = {"backend": "DDP", "timeout_s": 60, "weights": [3, 1, 0.5, 2], "devices": 4}
+    found = differences(tmp_path, options, *FEW, ranks=4)
+    assert set(found) == set(FEW)
+    for one in found.values():
+        assert_same(one)
+
+
+# Going on.
+
+
+@pytest.fixture(scope="module")
+def gone_on(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gone-on")
+    ran = torchrun(HERE / "going_on.py", json.dumps({"backend": "DDP", "timeout_s": 60}), str(folder))
+    assert ran.returncode == 0, ran.stderr[-6000:]
+    return folder, torch.load(folder / "ends.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["arrays", "dropout", "loader"])
+def test_a_run_of_two_ranks_that_died_ends_as_the_one_that_did_not(gone_on, name):
+    """In the middle of an epoch and of a window: bit for bit, with what each rank has drawn for itself."""
+    _, ends = gone_on
+    assert_equal_ends(ends[name], ends[f"{name}, gone on with"], largest=0.0)
+
+
+def test_what_two_ranks_have_saved_is_gone_on_with_by_one_process(gone_on):
+    folder, ends = gone_on
+    assert_equal_ends(going_on.end_of(*going_on.fit("cpu", resume=folder / "cut.pt")), ends["arrays"], largest=1e-6)
+    assert_equal_ends(going_on.end_of(*going_on.fit("cpu")), ends["arrays"], largest=1e-6)
+
+
+@pytest.mark.parametrize("saved_by", ["two ranks", "one process"])
+def test_what_others_have_saved_is_gone_on_with_by_three_ranks(gone_on, tmp_path, saved_by):
+    folder, ends = gone_on
+    cut = folder / "cut.pt"
+    if saved_by == "one process":
+        cut = tmp_path / "cut.pt"
+        with pytest.raises(going_on.Died):
+            going_on.fit("cpu", callbacks=[going_on.Saves(cut, going_on.DIES_AT)])
+    model, history = going_on.fit(backends.DDP(3, timeout_s=60), resume=cut)
+    assert_equal_ends(going_on.end_of(model, history), ends["arrays"], largest=1e-6)
+
+
+def assert_equal_ends(one, other, largest):
+    assert one.keys() == other.keys()
+    for name, tensor in one["module"].items():
+        torch.testing.assert_close(tensor, other["module"][name], rtol=0, atol=largest)
+    for name in one.keys() - {"module"}:
+        assert one[name] == pytest.approx(other[name], rel=0, abs=largest)
+
+
+# Ranks that fit starts itself.
+
+
+def test_ranks_that_fit_starts_train_as_one_process():
+    found = [differences_here(CASES[name], backends.DDP(2, timeout_s=60)) for name in FEW]
+    for one in found:
+        assert_same(one)
+
+
+def test_what_the_ranks_did_is_brought_back():
+    stopping = kt.callbacks.EarlyStopping("loss", patience=0, min_delta=100.0)
+    model = kt.Model(nn.Linear(64, 10), backend=backends.DDP(2, timeout_s=60)).compile("adam", "cross_entropy")
+    history = model.fit(X, Y, epochs=5, callbacks=[stopping], verbose=0)
+    assert history is model.history and history.stopped_by == "stop_training" and len(history.epoch) == 2
+    assert stopping.stopped_epoch == 1 and stopping.model is model
+    assert model.epochs_trained == 2 and model.steps_taken == 2 * 4
+    steps = {float(state["step"]) for state in model.optimizer.state.values()}
+    assert steps == {8.0}
+    model.fit(X, Y, epochs=1, verbose=0)  # goes on from there
+    assert {float(state["step"]) for state in model.optimizer.state.values()} == {12.0}
+
+
+def test_a_script_without_a_main_guard_starts_ranks(tmp_path):
+    script = textwrap.dedent("""
+        import kerastorch as kt, torch
+        class Net(torch.nn.Linear):  # that no other process could import
+            pass
+        x = torch.rand(64, 4)
+        torch.nn.functional.mse_loss(Net(4, 1)(x), x[:, :1]).backward()  # torch has been at work here
+        model = kt.Model(Net(4, 1), backend=kt.backends.DDP(2)).compile("sgd", lambda output, y: (output - y).square())
+        model.fit(x, x[:, :1], epochs=2, verbose=2)
+        print("end", model.predict(x, verbose=0).shape)
+    """)
+    process = start([sys.executable, "-"], stdin=subprocess.PIPE)  # as in a REPL: there is no file
+    process.stdin.write(script)
+    process.stdin.close()
+    process.stdin = None
+    ran = finished(process)
+    lines = ran.stdout.splitlines()
+    assert [line.split("]")[0] for line in lines] == ["[1/2", "[2/2", "end torch.Size([64, 1"], (ran.stdout, ran.stderr)
+
+
+# Failing and ending.
+
+SMALL = """
+import os, sys, time
+import kerastorch as kt, torch
+from torch import nn
+class Fails(kt.callbacks.Callback):
+    adds_to_logs = ()
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 3 and self.model.backend.rank == 1:
+            {failure}
+torch.manual_seed(0)
+x = torch.rand(320, 4)
+model = kt.Model(nn.Linear(4, 1), backend=kt.backends.DDP({options})).compile("sgd", "mse", lr=0.01)
+history = model.fit(x, x.sum(1, keepdim=True), epochs=3, verbose=0, callbacks=[Fails(), *{more}])
+print(history.history["loss"][-1])
+"""
+
+
+def script(tmp_path, failure, options="2, timeout_s=60", more="[]"):
+    path = tmp_path / "script.py"
+    path.write_text(SMALL.format(failure=failure, options=options, more=more))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        ("raise KeyError('of rank 1')", "KeyError: \"'of rank 1' (raised in Fails.on_train_batch_end) (rank 1)\""),
+        ("os.kill(os.getpid(), 9)", "RuntimeError: rank 1 was killed by SIGKILL"),
+        ("os._exit(3)", "RuntimeError: rank 1 ended with exit code 3"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_run_of_all_with_its_own_error(tmp_path, failure, said):
+    process = start([sys.executable, str(script(tmp_path, failure))])
+    ran = finished(process, limit_s=60)
+    assert ran.returncode == 1
+    assert said in ran.stderr
+    assert not in_session(process.pid)
+    if "KeyError" in failure:
+        assert "script.py" in ran.stderr.split("in rank 1:")[1]  # the line where it was raised
+
+
+def test_a_rank_that_fails_ends_all_that_torchrun_has_started(tmp_path):
+    ran = torchrun(script(tmp_path, "raise KeyError('of rank 1')", options="timeout_s=60"), limit_s=60)
+    assert ran.returncode == 1
+    assert "KeyError: \"'of rank 1'" in ran.stderr
+    assert "this rank waited in vain for another one, in training" in ran.stderr
+
+
+def test_ranks_that_do_different_things_are_told_so_in_time(tmp_path):
+    path = script(tmp_path, "self.model.evaluate(x, x[:, :1], verbose=0)", options="2, timeout_s=5")
+    began = time.monotonic()
+    ran = finished(start([sys.executable, str(path)]), limit_s=60)
+    assert "waited in vain for another one" in ran.stderr and time.monotonic() - began < 45
+
+
+def test_ranks_are_started_again_from_the_last_file(tmp_path):
+    once = "os.path.exists('died') or (open('died', 'w').close(), os.kill(os.getpid(), 9))"
+    more = "[kt.callbacks.BackupAndRestore('backup', save_freq=1)]"
+    ends = []
+    for failure, options in ((once, "2, timeout_s=60, max_restarts=1"), ("pass", "2, timeout_s=60")):
+        folder = tmp_path / str(len(ends))
+        folder.mkdir()
+        ran = finished(start([sys.executable, str(script(folder, failure, options, more))], cwd=folder))
+        assert ran.returncode == 0, ran.stderr
+        ends.append(ran.stdout)
+    assert (tmp_path / "0" / "died").exists() and ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_ranks_that_fit_has_started_with_all_saved(tmp_path, name):
+    process = start(
+        [sys.executable, str(HERE / "signalled.py"), json.dumps({"backend": "DDP", "devices": 2}), str(tmp_path)]
+    )
+    send_when_started(process, name, tmp_path)
+    assert process.returncode == 0
+    end = json.loads((tmp_path / "end.json").read_text())
+    assert end["stopped_by"] == name.replace("SIGINT", "interrupt") and end["steps"] > 0
+    assert (tmp_path / "last.pt").exists()
+
+
+def test_a_signal_to_torchrun_ends_the_ranks_at_one_step_with_all_saved(tmp_path):
+    arguments = [str(HERE / "signalled.py"), json.dumps({"backend": "DDP"}), str(tmp_path)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = start([*launcher, *arguments])
+    send_when_started(process, "SIGTERM", tmp_path)
+    assert json.loads((tmp_path / "end.json").read_text())["stopped_by"] == "SIGTERM"
+    assert (tmp_path / "last.pt").exists()
+
+
+def send_when_started(process, name, folder):
+    until = time.monotonic() + 60
+    while not (folder / "started").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(process.pid, getattr(signal, name))
+    finished(process, limit_s=60)
+    assert not in_session(process.pid)
+
+
+# More than one machine, and what is no machine.
+
+
+def test_two_nodes_train_as_one_process(tmp_path):
+    """Two agents of torchrun, each with a rank and a rendezvous over the network of this machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    out = tmp_path / "found.json"
+    options = json.dumps({"backend": "DDP", "num_nodes": 2, "timeout_s": 60})
+    rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--rdzv-endpoint={endpoint}"]
+    launcher += ["--local-addr=localhost"]
+    nodes = [start([*launcher, str(HERE / "cases.py"), options, str(out), *FEW[:2]]) for _ in range(2)]
+    for node in nodes:
+        assert finished(node).returncode == 0
+    for one in json.loads(out.read_text()).values():
+        assert_same(one)
+
+
+def test_a_machine_of_other_processes_than_asked_for_is_refused(tmp_path):
+    for options, said in (
+        ("3", "asks for 3 processes on each machine, but 2 were"),
+        ("num_nodes=2", "num_nodes=2 with 2"),
+    ):
+        ran = torchrun(script(tmp_path, "pass", options))
+        assert ran.returncode == 1 and said in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"devices": 0}, "devices=0 names no devices"),
+        ({"devices": "two"}, "devices='two' names no devices"),
+        ({"devices": True}, "devices=True names no devices"),
+        ({"devices": [0, 99]}, "from 0 on"),
+        ({"devices": 2, "num_nodes": 2}, "torchrun --nnodes=2 --nproc-per-node=2"),
+        ({"devices": 2, "num_nodes": 0}, "num_nodes=0 is no number"),
+        ({"weights": [1, -1]}, "is no list of numbers above 0"),
+        ({"timeout_s": 0}, "timeout_s=0 is no time"),
+        ({"max_restarts": -1}, "max_restarts=-1"),
+        ({"devices": 2, "weights": [1, 2, 3]}, "weights has 3 numbers, but there are 2"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_starts(options, said):
+    with pytest.raises(ValueError, match=said):
+        backends.DDP(**options)
+
+
+def test_a_class_is_no_backend():
+    with pytest.raises(TypeError, match="Make one of it: backend=DDP()"):
+        kt.Model(nn.Linear(1, 1), backend=backends.DDP)
+
+
+def test_one_process_is_started_nowhere():
+    model = kt.Model(nn.Linear(64, 10), backend=backends.DDP(1)).compile("sgd", "cross_entropy")
+    assert model.fit(X, Y, verbose=0).epoch == [0]
+    assert model.backend.world == 1 and not torch.distributed.is_initialized()
