@@ -70,7 +70,7 @@ def launch(processes: int, call: Callable[[], Any], max_restarts: int = 0) -> An
             with _signals_forwarded(Path(folder)), _quiet():
                 returned = _in_thread(partial(elastic_launch(config, _as_rank), call, folder))
         except ChildFailedError as error:
-            raise_first_failure(Path(folder), error)
+            raise_first_failure(Path(folder), processes, error)
         return torch.load(io.BytesIO(returned[0]), weights_only=False)  # of this process's own child, through a pipe
 
 
@@ -148,27 +148,30 @@ def _put_down(error: BaseException, path: Path) -> None:
     path.write_text(json.dumps(words))
 
 
-def raise_first_failure(folder: Path, error: Any) -> None:
+def raise_first_failure(folder: Path, processes: int, error: Any) -> None:
     """Raises what the first rank to fail has raised; one that was killed has left nothing to say."""
     attempts = [(int(one.suffixes[0][1:]), one) for one in folder.glob("*.error")]
     last = max((attempt for attempt, _ in attempts), default=0)
     said = {one.name.split(".")[0]: json.loads(one.read_text()) for attempt, one in attempts if attempt == last}
     causes = {rank: words for rank, words in said.items() if not _is_of_another(words)}
-    silent = {rank: failure for rank, failure in error.failures.items() if str(rank) not in said}
+    silent = [rank for rank in range(processes) if str(rank) not in said]
     if silent and not causes:
-        rank, failure = next(iter(silent.items()))
-        raise RuntimeError(f"rank {rank} {_end_of(failure.exitcode)}; the others were ended.") from None
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items() if rank in silent}
+        rank = next(iter(codes), silent[0])
+        raise RuntimeError(f"rank {rank} {_end_of(codes.get(rank))}; the others were ended.") from None
     rank, first = min((causes or said).items(), key=lambda pair: pair[1]["time"])
     known = getattr(builtins, first["type"], RuntimeError)
     kind = known if isinstance(known, type) and issubclass(known, Exception) else RuntimeError
     raise kind(f"{first['message']} (rank {rank})") from RankError(f"in rank {rank}:\n{first['traceback']}")
 
 
-def _end_of(exitcode: int) -> str:
-    if exitcode >= 0:
+def _end_of(exitcode: int | None) -> str:
+    """How a rank ended that has said nothing; `None` = another one was found first, which missed it."""
+    if exitcode is not None and exitcode >= 0:
         return f"ended with exit code {exitcode}, without an error of Python's"
-    name = signal.Signals(-exitcode).name
-    return f"was killed by {name}" + (", as the system does where memory is short" if name == "SIGKILL" else "")
+    name = "somebody" if exitcode is None else signal.Signals(-exitcode).name
+    is_maybe_memory = name in ("somebody", "SIGKILL")
+    return f"was killed by {name}" + (", as the system does where memory is short" if is_maybe_memory else "")
 
 
 def _is_of_another(words: dict[str, Any]) -> bool:

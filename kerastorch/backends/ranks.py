@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parameter import is_lazy
 
 from ..structures import join, map_structure
@@ -104,7 +105,10 @@ class Ranks(Single):
         if not dist.is_initialized():
             kind = self.device.type
             engine = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
-            dist.init_process_group(engine, timeout=limit)
+            store, rank, world = next(rendezvous("env://", timeout=limit))
+            # Ranks that were started again must not find the addresses of those before them.
+            store = dist.PrefixStore(f"kerastorch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(engine, store=store, rank=rank, world_size=world, timeout=limit)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         # A group of its own: what the hosts tell one another never waits for what the devices do.
         self.hosts = dist.new_group(backend="gloo", timeout=limit)
