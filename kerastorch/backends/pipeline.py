@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..structures import detached, join, leaves, map_structure
-from .stages import Stage, Stages, bound, named_tensors, split, unchanged
+from .stages import Stage, bound, named_tensors, split, unchanged
 
 # Name -> (torch's class, whether ranks may have several stages).
 SCHEDULES = {
@@ -53,7 +53,6 @@ SCHEDULES = {
     "1f1b": ("Schedule1F1B", False),
     "interleaved1f1b": ("ScheduleInterleaved1F1B", True),
     "loopedbfs": ("ScheduleLoopedBFS", True),
-    "interleavedzerobubble": ("ScheduleInterleavedZeroBubble", True),
 }
 # Schedules and their buffers that are kept: sizes of batches, in train and in eval mode.
 KEPT_SCHEDULES = 6
@@ -128,7 +127,7 @@ class Pipeline:
         microbatches: Pieces of each batch; a smaller batch is cut into samples. `"auto"` = four for each stage, which
             leaves about a fifth of the time idle; more leave less and make smaller pieces.
         schedule: `"gpipe"`, `"1f1b"` (the memory of fewer pieces), or with several stages for each process
-            `"interleaved1f1b"`, `"loopedbfs"`, `"interleavedzerobubble"`.
+            `"interleaved1f1b"` or `"loopedbfs"`.
         balance: `"parameters"`, `"time"`, or where the stages begin: see `stages.split`.
         checkpoint_activations: Whether units compute their activations again in the backward pass rather than keep
             them; or a glob of the names of submodules that do.
@@ -160,11 +159,6 @@ class Pipeline:
             raise TypeError(
                 f"checkpoint_activations={checkpoint_activations!r} is a {type(checkpoint_activations).__name__}; "
                 f"expected True, False or a glob of names of submodules."
-            )
-        if checkpoint_activations and self.schedule == "interleavedzerobubble":
-            raise ValueError(
-                "schedule='interleavedzerobubble' runs a backward pass in two, for which activations cannot be "
-                "computed again. Give checkpoint_activations=False or schedule='interleaved1f1b'."
             )
         self.balance, self.checkpoint_activations = balance, checkpoint_activations
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -200,7 +194,7 @@ class Pipeline:
         self._homes = {name: tensor.device for name, tensor in named_tensors(module)}
         self._share_weights()
         self._foreign = _let_go(module, {name for name, stage in self.cut.stage_of.items() if stage not in self.own})
-        for name, tensor in self._own_tensors().items():
+        for tensor in self._own_tensors().values():
             tensor.data = tensor.data.to(self.device)
             tensor.grad = None
         _flatten(module)
@@ -522,9 +516,13 @@ class Pipeline:
                 continue
             stage = self._stage(index)
             arriving = map_structure(partial(_received, device=self.device), sent)
-            with torch.random.fork_rng(devices, device_type=kind), unchanged(stage.graph):
-                with torch.set_grad_enabled(training), self._context():
-                    leaving = stage.graph(*_inputs(stage, self._module, piece), *arriving)
+            with (
+                torch.random.fork_rng(devices, device_type=kind),
+                unchanged(stage.graph),
+                torch.set_grad_enabled(training),
+                self._context(),
+            ):
+                leaving = stage.graph(*_inputs(stage, self._module, piece), *arriving)
             way.before[index], way.after[index] = (map_structure(_sort_of, tree) for tree in (arriving, leaving))
             way.unread[index] = _unread(arriving, leaving)
             sent = map_structure(_to_send, leaving)
@@ -686,10 +684,7 @@ class _Part(nn.Module):
         with self.context():
             arriving = _unwired(self.before, wires)
             leaving = self.graph(*_inputs(self.stage, self.of[0], piece), *arriving)
-            if self.is_last:
-                results = [self._end(piece, leaving)]
-            else:
-                results = _wired(leaving, self.after)
+            results = [self._end(piece, leaving)] if self.is_last else _wired(leaving, self.after)
         if self.is_trained:
             results[0] = self._tied(results[0], wires)
         return results[0] if self.is_last else tuple(results)
@@ -706,11 +701,11 @@ class _Part(nn.Module):
             number if not isinstance(share.count, Tensor) else torch.where(share.count > 0, number, 0.0)
             for share, number in zip(shares, numbers, strict=True)
         )
-        loss = sum(parts)
-        return (loss if isinstance(self.scale, float) and self.scale == 1.0 else loss * self.scale).float().reshape(1)
+        # Not a view: torch detaches what is none in place, and so frees the graph before the schedule is over.
+        return torch.stack([(sum(parts) * self.scale).float()])
 
     def _tied(self, result: Tensor, wires: Sequence[Tensor]) -> Tensor:
-        """The same, in whose backward every wire gets a gradient, of zeros if need be: the stage before waits for it."""
+        """The same, whose backward gives every wire a gradient, of zeros if need be: the stage before waits for it."""
         loose = [wires[number] for number in self.unread]
         if loose:
             return _Tied.apply(result, *loose)
