@@ -31,6 +31,7 @@ How it takes part in a run (see also `step.py`, `loop.py`):
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -446,44 +447,35 @@ class Pipeline:
     def _scheduled(self, way: _Way, number: int, training: bool) -> _Run:
         from torch.distributed import pipelining  # half a second that only pipelines need to spend
 
-        stages, parts = [], []
-        for index in self.own:
-            part = _Part(
-                self._stage(index), self._module, way.before[index], way.after[index],
-                index == self.stages - 1, training, self._context, way.unread[index],
-            )  # fmt: skip
-            # On the meta device: that is how versions of torch agree to be told shapes.
-            result = [torch.empty(1, device="meta", requires_grad=training)] if part.is_last else None
-            stages.append(
-                pipelining.PipelineStage(
-                    part,
-                    index,
-                    self.stages,
-                    self.device,
-                    input_args=tuple(_wire_sorts(way.before[index])),
-                    output_args=tuple(result or _wire_sorts(way.after[index])),
-                )  # fmt: skip
-            )
-            parts.append(part)
+        parts = [self._part(index, way, training) for index in self.own]
+        stages = [self._torch_stage(part, index, way) for part, index in zip(parts, self.own, strict=True)]
+        name, is_looped = SCHEDULES[self._schedule_for(number, training)]
         loss = _identity if training else None
-        if self.stages > self.world:
-            schedule = getattr(pipelining, self._looped_class(number, training))(
-                stages, number, loss, scale_grads=False
-            )
-        else:
-            name = "Schedule1F1B" if self._may_alternate(number, training) else "ScheduleGPipe"
-            schedule = getattr(pipelining, name)(stages[0], number, loss, scale_grads=False)
+        schedule = getattr(pipelining, name)(stages if is_looped else stages[0], number, loss, scale_grads=False)
         return _Run(schedule, parts, number, self.is_last and training)
 
-    def _may_alternate(self, number: int, training: bool) -> bool:
-        return training and self.schedule == "1f1b" and number >= self.stages
+    def _part(self, index: int, way: _Way, training: bool) -> _Part:
+        is_last = index == self.stages - 1
+        stage, before, after, unread = self._stage(index), way.before[index], way.after[index], way.unread[index]
+        return _Part(stage, self._module, before, after, unread, is_last, training, self._context)
 
-    def _looped_class(self, number: int, training: bool) -> str:
-        """torch's schedule for several stages in a process; some take certain numbers of pieces only."""
-        rounds = max(1, number // self.world)
-        if not training or number < self.world or number % rounds:
-            return "ScheduleLoopedBFS"
-        return SCHEDULES[self.schedule][0]
+    def _torch_stage(self, part: _Part, index: int, way: _Way) -> Any:
+        """The stage in torch's terms, told all shapes, on the meta device: then no version computes them itself."""
+        arriving = tuple(_wire_sorts(way.before[index]))
+        loss = torch.empty(1, device="meta", requires_grad=part.is_trained)
+        leaving = (loss,) if part.is_last else tuple(_wire_sorts(way.after[index]))
+        kind = _stage_class()
+        return kind(part, index, self.stages, self.device, input_args=arriving, output_args=leaving)
+
+    def _schedule_for(self, number: int, training: bool) -> str:
+        """The one that was asked for; where it cannot take so many pieces, one that can and computes the same."""
+        if self.schedule == "interleaved1f1b":
+            is_able = number >= self.world and number % (number // self.world) == 0
+        else:
+            is_able = number >= self.stages
+        if not is_able or (not training and SCHEDULES[self.schedule][1]):
+            return "loopedbfs"
+        return self.schedule if training else "gpipe"
 
     def _stage(self, index: int) -> Stage:
         return (self.cut.training if self._module.training else self.cut.evaluating)[index]
@@ -669,9 +661,16 @@ class _Part(nn.Module):
     """
 
     def __init__(
-        self, stage: Stage, module: nn.Module, before: Any, after: Any, is_last: bool, training: bool,
-        context: Callable[[], AbstractContextManager], unread: frozenset[int],
-    ) -> None:  # fmt: skip
+        self,
+        stage: Stage,
+        module: nn.Module,
+        before: Any,
+        after: Any,
+        unread: frozenset[int],
+        is_last: bool,
+        training: bool,
+        context: Callable[[], AbstractContextManager],
+    ) -> None:
         super().__init__()
         self.graph = stage.graph
         self.stage, self.of, self.before, self.after = stage, (module,), before, after  # a tuple: not a submodule
@@ -742,6 +741,19 @@ class _Tied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.sorts)
+
+
+@functools.cache
+def _stage_class() -> type:
+    from torch.distributed.pipelining import PipelineStage
+
+    class Stage(PipelineStage):
+        def _get_init_p2p_neighbors_ops(self) -> list:
+            # torch 2.9 greets the neighbours with 8 bytes where they wait for 4, of which gloo dies. The processes have
+            # met by then.
+            return []
+
+    return Stage
 
 
 def _identity(output: Tensor, target: Tensor) -> Tensor:
