@@ -132,7 +132,7 @@ class Pipeline:
         balance: `"parameters"`, `"time"`, or where the stages begin: see `stages.split`.
         checkpoint_activations: Whether units compute their activations again in the backward pass rather than keep
             them; or a glob of the names of submodules that do.
-        device: Of this process. Default: the CUDA device of its local rank if there is one, else the CPU.
+        device: Of this process. Default: the current CUDA device if there is one, else the CPU.
     Raises:
         ValueError: an option that is unknown or fits no other.
         TypeError: one of a wrong type.
@@ -161,13 +161,8 @@ class Pipeline:
                 f"checkpoint_activations={checkpoint_activations!r} is a {type(checkpoint_activations).__name__}; "
                 f"expected True, False or a glob of names of submodules."
             )
+        self.wanted_stages, self.wanted_microbatches, self.wanted_device = stages, microbatches, device
         self.balance, self.checkpoint_activations = balance, checkpoint_activations
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.stages = self._checked_stages(stages)
-        self.microbatches = 4 * self.stages if microbatches == "auto" else microbatches
-        self.device = torch.device(device) if device is not None else _local_device()
-        self.own = range(self.rank, self.stages, self.world)
-        self.last_rank = (self.stages - 1) % self.world
         self._forget()
 
     @property
@@ -187,8 +182,9 @@ class Pipeline:
             x: Inputs of a few samples, as the module will get them.
             context: What forwards and losses run in, such as autocast.
         Raises:
-            ValueError: the module cannot be cut so.
+            ValueError: the module cannot be cut so, or not into stages for so many processes.
         """
+        self._meet()
         self.cut = split(module, self.stages, x, self.balance, self.device, agree=self._of_first)
         self._recomputed = self._to_recompute(module)
         self._module, self._context = module, context
@@ -220,6 +216,15 @@ class Pipeline:
             del part.forward
         _flatten(self._module)
         self._forget()
+
+    def _meet(self) -> None:
+        """What the options mean among these processes."""
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device(self.wanted_device) if self.wanted_device is not None else _local_device()
+        self.stages = self._checked_stages(self.wanted_stages)
+        self.microbatches = 4 * self.stages if self.wanted_microbatches == "auto" else self.wanted_microbatches
+        self.own = range(self.rank, self.stages, self.world)
+        self.last_rank = (self.stages - 1) % self.world
 
     def _forget(self) -> None:
         self._module: nn.Module | None = None
@@ -286,7 +291,7 @@ class Pipeline:
         output = map_structure(lambda leaf: self._passed(leaf, self.last_rank, receiver), output)
         return output if receiver is None or self.rank == receiver else None
 
-    def from_last(self, value: Tensor | float | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def from_last(self, value: Tensor | float | None, dtype: torch.dtype = torch.float64) -> Tensor:
         """A number of the last rank, on all: a scalar on the device."""
         if self.is_last:
             number = torch.as_tensor(value, dtype=dtype, device=self.device).detach().clone()
@@ -515,7 +520,8 @@ class Pipeline:
                 self._context(),
             ):
                 leaving = stage.graph(*_inputs(stage, self._module, piece), *arriving)
-            way.before[index], way.after[index] = (map_structure(_sort_of, tree) for tree in (arriving, leaving))
+            way.before[index] = map_structure(_sort_of, arriving)
+            way.after[index] = map_structure(_sort_of if index == self.stages - 1 else _sort_to_cross, leaving)
             way.unread[index] = _unread(arriving, leaving)
             sent = map_structure(_to_send, leaving)
         output = [way.after.get(self.stages - 1)]
@@ -578,7 +584,7 @@ class Pipeline:
                     mine = own[key].detach().to(self.device) if self.rank == owner else None
                     if mine is None:
                         mine = torch.empty(sort.shape, dtype=sort.dtype, device=self.device)
-                    value = self._passed(mine, owner, to).cpu().clone()
+                    value = self._passed(mine, owner, to).to("cpu", copy=True)
                 if to in (None, self.rank):
                     gathered[key] = value
         return gathered
@@ -605,22 +611,26 @@ class Pipeline:
     # Activation checkpointing.
 
     def _to_recompute(self, module: nn.Module) -> list[nn.Module]:
-        """Submodules of this process's stages whose activations are computed again."""
-        wanted = self.checkpoint_activations
+        """Submodules of this process's stages whose activations are computed again: units, or what is inside."""
+        wanted = "*" if self.checkpoint_activations is True else self.checkpoint_activations
+        units = self.cut.units
         if not wanted:
             return []
-        own = [name for index in self.own for name in self.cut.units[index]]
-        if wanted is True:
-            names = set(own)
-        else:
-            names = {name for name, _ in module.named_modules() if name and fnmatchcase(name, wanted)}
-            if not names:
-                known = ", ".join(name for units in self.cut.units for name in units[:4])
-                raise ValueError(
-                    f"checkpoint_activations={wanted!r} is the name or glob of no submodule. Units are {known}."
-                )
-            names = {name for name in names if any(name == one or name.startswith(f"{one}.") for one in own)}
-        return list(dict.fromkeys(module.get_submodule(name) for name in sorted(names)))
+        chosen: list[str] = []
+        for name, _ in module.named_modules():
+            is_inside = any(_is_in(name, unit) for names in units for unit in names)
+            is_meant = fnmatchcase(name, wanted) or fnmatchcase(name, f"{wanted}.*")
+            # What is in one that is chosen is computed again with it.
+            if is_inside and is_meant and not any(_is_in(name, one) for one in chosen):
+                chosen.append(name)
+        if not chosen:
+            known = ", ".join(name for names in units for name in names)
+            raise ValueError(
+                f"checkpoint_activations={wanted!r} is the name or glob of no submodule in a stage. Units are {known}."
+            )
+        own = [unit for index in self.own for unit in units[index]]
+        mine = [name for name in chosen if any(_is_in(name, unit) for unit in own)]
+        return list(dict.fromkeys(map(module.get_submodule, mine)))
 
 
 # Between stages.
@@ -765,6 +775,7 @@ def _weighted(share: Any, divisor: Any) -> Tensor:
         return share.loss
     if isinstance(divisor, Tensor):
         divisor = torch.where(divisor > 0, divisor, 1)
+        return share.loss * share.count / divisor  # not their quotient, a float32
     return share.loss * (share.count / divisor)
 
 
@@ -779,6 +790,15 @@ def _sort_of(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     return _Sort(tuple(leaf.shape), leaf.dtype, leaf.requires_grad)
+
+
+def _sort_to_cross(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.is_complex() and leaf.requires_grad:
+        raise ValueError(
+            f"a complex tensor of shape {tuple(leaf.shape)} with a gradient would have to pass from one stage to the "
+            f"next, which takes real ones. Give balance so that no cut goes through complex layers."
+        )
+    return _sort_of(leaf)
 
 
 def _on_meta(leaf: Any) -> Any:
@@ -949,6 +969,10 @@ def _flat(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 # Activation checkpointing.
+
+
+def _is_in(name: str, around: str) -> bool:
+    return name == around or name.startswith(f"{around}.")
 
 
 def _recompute(module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -210,7 +210,7 @@ def _trace(module: nn.Module, x: Any, opened: frozenset[str], mode: bool) -> Tra
     signature = inspect.signature(module.forward).parameters
     fixed = {name: one.default for name, one in signature.items() if name not in given and one.default is not one.empty}
     try:
-        with _in_mode(module, mode):
+        with _in_mode(module, mode), _len_of_proxies([module, *map(module.get_submodule, opened)]):
             graph = _Tracer(opened).trace(module, concrete_args=fixed)
     except Exception as error:  # of any kind: it is the user's forward that runs, on what is no tensor
         raise ValueError(
@@ -256,6 +256,20 @@ def _units(nodes: Sequence[fx.Node]) -> Iterator[Unit]:
         gathered.append(node)
     if name is not None:
         yield Unit(name, tuple(gathered))
+
+
+@contextmanager
+def _len_of_proxies(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Lets forwards ask for `len(x)`, which Python does not let stand for anything but a number."""
+    tables = [getattr(type(module).forward, "__globals__", {}) for module in modules]
+    tables = [*{id(table): table for table in tables if "len" not in table}.values()]
+    for table in tables:
+        table["len"] = lambda value: value.size(0) if isinstance(value, fx.Proxy) else len(value)
+    try:
+        yield
+    finally:
+        for table in tables:
+            del table["len"]
 
 
 @contextmanager
