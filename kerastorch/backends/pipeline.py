@@ -450,14 +450,30 @@ class Pipeline:
         run(pieces, criterion, scale)
 
     def _scheduled(self, way: _Way, number: int, training: bool) -> _Run:
+        parts = [self._part(index, way, training) for index in self.own]
+        name = self._schedule_for(number, training)
+        if name is None:
+            schedule = _FillAndDrain(self, [*zip(self.own, parts, strict=True)], way, training)
+        else:
+            schedule = self._of_torch(name, parts, way, number, training)
+        return _Run(schedule, parts, number, self.is_last and training)
+
+    def _schedule_for(self, number: int, training: bool) -> str | None:
+        """The one that was asked for or one that computes the same; `None` where torch has none for so few pieces."""
+        if number < self.world:
+            return None
+        if not SCHEDULES[self.schedule][1]:
+            return self.schedule if training else "gpipe"
+        is_whole = training and number % (number // self.world) == 0
+        return self.schedule if is_whole else "loopedbfs"
+
+    def _of_torch(self, name: str, parts: list[_Part], way: _Way, number: int, training: bool) -> Any:
         from torch.distributed import pipelining  # half a second that only pipelines need to spend
 
-        parts = [self._part(index, way, training) for index in self.own]
+        kind, is_looped = SCHEDULES[name]
         stages = [self._torch_stage(part, index, way) for part, index in zip(parts, self.own, strict=True)]
-        name, is_looped = SCHEDULES[self._schedule_for(number, training)]
         loss = _identity if training else None
-        schedule = getattr(pipelining, name)(stages if is_looped else stages[0], number, loss, scale_grads=False)
-        return _Run(schedule, parts, number, self.is_last and training)
+        return getattr(pipelining, kind)(stages if is_looped else stages[0], number, loss, scale_grads=False)
 
     def _part(self, index: int, way: _Way, training: bool) -> _Part:
         is_last = index == self.stages - 1
@@ -471,16 +487,6 @@ class Pipeline:
         leaving = (loss,) if part.is_last else tuple(_wire_sorts(way.after[index]))
         kind = _stage_class()
         return kind(part, index, self.stages, self.device, input_args=arriving, output_args=leaving)
-
-    def _schedule_for(self, number: int, training: bool) -> str:
-        """The one that was asked for; where it cannot take so many pieces, one that can and computes the same."""
-        if self.schedule == "interleaved1f1b":
-            is_able = number >= self.world and number % (number // self.world) == 0
-        else:
-            is_able = number >= self.stages
-        if not is_able or (not training and SCHEDULES[self.schedule][1]):
-            return "loopedbfs"
-        return self.schedule if training else "gpipe"
 
     def _stage(self, index: int) -> Stage:
         return (self.cut.training if self._module.training else self.cut.evaluating)[index]
@@ -542,8 +548,12 @@ class Pipeline:
     def _checked_stages(self, stages: int | str) -> int:
         interleaves = SCHEDULES[self.schedule][1]
         if stages == "auto":
-            return self.world * (2 if interleaves else 1)
-        if interleaves and (stages % self.world or stages == self.world):
+            stages = self.world * (2 if interleaves and self.world > 1 else 1)
+        if self.world == 1 and stages > 1:
+            raise ValueError(
+                f"stages={stages}, but there is one process. Start several, e.g. torchrun --nproc-per-node {stages}."
+            )
+        if interleaves and self.world > 1 and (stages % self.world or stages == self.world):
             raise ValueError(
                 f"schedule={self.schedule!r} with stages={stages} does not give each of the {self.world} processes "
                 f"several stages, as many to each. Give stages={2 * self.world}, or schedule='1f1b'."
@@ -751,6 +761,56 @@ class _Tied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.sorts)
+
+
+class _FillAndDrain:
+    """All forwards, then all backwards, stage by stage: for fewer pieces than processes.
+
+    torch's schedules for one stage in each process refuse so few, and those for several mix up messages before 2.10.
+    """
+
+    def __init__(self, pipeline: Pipeline, parts: list[tuple[int, _Part]], way: _Way, training: bool) -> None:
+        self.parts, self.way, self.training = parts, way, training
+        self.device, self.world, self.last = pipeline.device, pipeline.world, pipeline.stages - 1
+
+    def step(self, index: Tensor, target: Tensor | None) -> None:
+        self.works: list[dist.Work] = []
+        self.kept: list[Tensor] = []  # what is being sent
+        done = {(stage, int(one)): self._forward(stage, part, one) for stage, part in self.parts for one in index}
+        for stage, _ in reversed(self.parts) if self.training else ():
+            for number in range(len(index)):
+                self._backward(stage, *done[stage, number])
+        for work in self.works:
+            work.wait()
+        self.works, self.kept = [], []
+
+    def _forward(self, stage: int, part: _Part, number: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What a stage takes and returns."""
+        wires = self._received(self.way.before[stage], stage - 1) if stage else []
+        wires = [wire.requires_grad_(self.training) for wire in wires]
+        results = part(*wires, index=number)
+        if stage == self.last:
+            return wires, [results]
+        self._send(results, stage + 1)
+        return wires, [*results]
+
+    def _backward(self, stage: int, wires: list[Tensor], results: list[Tensor]) -> None:
+        gradients = self._received(self.way.after[stage], stage + 1) if stage < self.last else [None]
+        pairs = [pair for pair in zip(results, gradients, strict=True) if pair[0].requires_grad]
+        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+        if stage:
+            self._send([wire.grad for wire in wires], stage - 1)
+
+    def _received(self, structure: Any, stage: int) -> list[Tensor]:
+        arrived = [torch.empty_like(sort, device=self.device, requires_grad=False) for sort in _wire_sorts(structure)]
+        for wire in arrived:
+            dist.recv(wire, stage % self.world)
+        return arrived
+
+    def _send(self, tensors: Iterable[Tensor], stage: int) -> None:
+        for tensor in tensors:
+            self.kept.append(tensor.detach().contiguous())
+            self.works.append(dist.isend(self.kept[-1], stage % self.world))
 
 
 @functools.cache

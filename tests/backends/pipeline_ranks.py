@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,7 +157,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, 3e-3)
+    return torch.optim.AdamW(parameters, 3e-3, eps=1e-4)
 
 
 def by_hand(module: nn.Module, optimizer: Any, data: list, loss: Callable, epochs: int = 3, clip: float = 0.5) -> list:
@@ -283,6 +284,11 @@ def looped() -> dict[str, Any]:
 @case(2)
 def more_microbatches_than_samples() -> dict[str, Any]:
     return mlp_case(microbatches=64)
+
+
+@case(2)
+def one_microbatch() -> dict[str, Any]:
+    return mlp_case(adamw, microbatches=1)
 
 
 @case(2)
@@ -491,6 +497,30 @@ def lengths_that_vary() -> dict[str, Any]:
 
 
 @case(2)
+def under_autocast() -> dict[str, Any]:
+    """One microbatch, so that sums are of the same bfloat16s."""
+    x, y = points()
+    one, many = mlp(), mlp()
+    rules = sgd(one.parameters()), sgd(many.parameters())
+    low = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    pipeline = Pipeline(microbatches=1, balance=["5"])
+    pipeline.start(many, x[:2], context=low)
+    pipeline.adopt(rules[1])
+    for _ in range(3):
+        with low():
+            value = masked(one(x), y)
+        value.backward()
+        pipeline.train((x, y, None), MASKED)
+        for rule in rules:
+            rule.step()
+            rule.zero_grad()
+    crossing = next(iter(pipeline._known.values()))
+    structure = crossing.after[0] if pipeline.rank == 0 else crossing.before[1]
+    pipeline.finish()
+    return {"weights": distance(one.state_dict(), many.state_dict()), "wires": str(structure[0].dtype)}
+
+
+@case(2)
 def refusals() -> dict[str, Any]:
     def message(call: Callable[[], Any]) -> str:
         try:
@@ -514,9 +544,19 @@ def refusals() -> dict[str, Any]:
     summed = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3), Sum())
     scalar.start(summed, x[:2])
     found["scalar"] = message(lambda: scalar.forward(x[:6]) if scalar.is_last else scalar.forward(x[:6]))
+    spectra = nn.Sequential(nn.Linear(8, 8), Spectrum(), nn.Linear(8, 8), nn.Linear(8, 3))
+    turned = Pipeline(microbatches=3, balance=["2"])
+    turned.start(spectra, x[:2])
+    if dist.get_rank() == 0:
+        found["complex"] = message(lambda: turned.train((x[:6], x[:6, :1], None), MASKED))
     box = [found["scalar"]]
     dist.broadcast_object_list(box, scalar.last_rank)
     return found | {"scalar": box[0]}
+
+
+class Spectrum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(x)
 
 
 class Sum(nn.Module):
