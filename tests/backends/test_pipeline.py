@@ -1,4 +1,4 @@
-"""A pipeline computes what one process does: two and four ranks, started by torchrun, run `pipeline_ranks.py`."""
+"""A pipeline computes what one process does: two and four processes run `pipeline_ranks.py`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from kerastorch.backends.pipeline import Pipeline
 from kerastorch.backends.stages import balanced, bound, split
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 LIMIT_S = 240
 
 SAME = ["seen", "weights", "optimizer", "gathered", "output", "first"]
 
 
-def run_ranks(ranks: int, folder: Path) -> dict:
-    """What the ranks found; nothing of them is left behind."""
-    result = folder / "result.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+    """Number of ranks -> what they found; nothing of them is left behind."""
+    folder = tmp_path_factory.mktemp("ranks")
     with subprocess.Popen(
-        [*command, str(HERE / "pipeline_ranks.py"), str(result)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        [sys.executable, str(HERE / "pipeline_ranks.py"), str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     ) as process:  # fmt: skip
         try:
             said, _ = process.communicate(timeout=LIMIT_S)
@@ -39,27 +38,28 @@ def run_ranks(ranks: int, folder: Path) -> dict:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, said[-6000:]
-    return json.loads(result.read_text(encoding="utf-8"))
+    return {ranks: json.loads((folder / f"{ranks}.json").read_text(encoding="utf-8")) for ranks in (2, 4)}
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return run_ranks(2, tmp_path_factory.mktemp("two"))
+@pytest.fixture
+def two(found: dict[int, dict]) -> dict:
+    return found[2]
 
 
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return run_ranks(4, tmp_path_factory.mktemp("four"))
+@pytest.fixture
+def four(found: dict[int, dict]) -> dict:
+    return found[4]
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        "gpipe", "one_forward_one_backward", "interleaved", "looped", "more_microbatches_than_samples", "one_microbatch",
-        "by_time", "recomputed", "transformer_in_two", "transformer_recomputed_by_name", "sum_of_losses",
+        "gpipe", "one_forward_one_backward", "interleaved", "looped", "more_microbatches_than_samples",
+        "one_microbatch", "by_time", "recomputed", "transformer_in_two", "transformer_recomputed_by_name",
+        "sum_of_losses",
     ],
 )  # fmt: skip
-def test_three_epochs_of_uneven_masked_batches_are_those_of_one_process(two, case):
+def test_two_epochs_of_uneven_masked_batches_are_those_of_one_process(two, case):
     assert max(two[case][name] for name in SAME) < 1e-6
 
 
@@ -244,7 +244,7 @@ def test_a_forward_of_ones_own_is_cut_where_values_cross(names):
     module, x = Skipping(), torch.randn(5, 4)
     given = {"x": x, "xy": (x, x), "times": {"x": x, "times": 3.0}}[names]
     cut = split(module, 3, given)
-    assert [len(units) for units in cut.units] == [2, 2, 1] or [len(units) for units in cut.units] == [2, 1, 2]
+    assert sorted(map(len, cut.units)) == [1, 2, 2]
     assert cut.units[0][0] == "inside.layers.0"
     for mode in (True, False):
         module.train(mode)
