@@ -32,6 +32,7 @@ How it takes part in a run (see also `step.py`, `loop.py`):
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -188,6 +189,7 @@ class Pipeline:
         self.cut = split(module, self.stages, x, self.balance, self.device, agree=self._of_first)
         self._recomputed = self._to_recompute(module)
         self._module, self._context = module, context
+        self._signature = inspect.signature(module.forward)
         self._homes = {name: tensor.device for name, tensor in named_tensors(module)}
         self._share_weights()
         self._foreign = _let_go(module, {name for name, stage in self.cut.stage_of.items() if stage not in self.own})
@@ -478,7 +480,7 @@ class Pipeline:
     def _part(self, index: int, way: _Way, training: bool) -> _Part:
         is_last = index == self.stages - 1
         stage, before, after, unread = self._stage(index), way.before[index], way.after[index], way.unread[index]
-        return _Part(stage, self._module, before, after, unread, is_last, training, self._context)
+        return _Part(stage, self._signature, before, after, unread, is_last, training, self._context)
 
     def _torch_stage(self, part: _Part, index: int, way: _Way) -> Any:
         """The stage in torch's terms, told all shapes, on the meta device: then no version computes them itself."""
@@ -525,7 +527,7 @@ class Pipeline:
                 torch.set_grad_enabled(training),
                 self._context(),
             ):
-                leaving = stage.graph(*_inputs(stage, self._module, piece), *arriving)
+                leaving = stage.graph(*_inputs(stage, self._signature, piece), *arriving)
             way.before[index] = map_structure(_sort_of, arriving)
             way.after[index] = map_structure(_sort_of if index == self.stages - 1 else _sort_to_cross, leaving)
             way.unread[index] = _unread(arriving, leaving)
@@ -683,7 +685,7 @@ class _Part(nn.Module):
     def __init__(
         self,
         stage: Stage,
-        module: nn.Module,
+        signature: inspect.Signature,
         before: Any,
         after: Any,
         unread: frozenset[int],
@@ -693,7 +695,7 @@ class _Part(nn.Module):
     ) -> None:
         super().__init__()
         self.graph = stage.graph
-        self.stage, self.of, self.before, self.after = stage, (module,), before, after  # a tuple: not a submodule
+        self.stage, self.signature, self.before, self.after = stage, signature, before, after
         self.is_last, self.is_trained, self.context, self.unread = is_last, training, context, unread
         self.pieces: list[Piece] = []
         self.criterion, self.scale = None, 1.0
@@ -702,7 +704,7 @@ class _Part(nn.Module):
         piece = self.pieces[int(index)]
         with self.context():
             arriving = _unwired(self.before, wires)
-            leaving = self.graph(*_inputs(self.stage, self.of[0], piece), *arriving)
+            leaving = self.graph(*_inputs(self.stage, self.signature, piece), *arriving)
             results = [self._end(piece, leaving)] if self.is_last else _wired(leaving, self.after)
         if self.is_trained:
             results[0] = self._tied(results[0], wires)
@@ -839,10 +841,10 @@ def _weighted(share: Any, divisor: Any) -> Tensor:
     return share.loss * (share.count / divisor)
 
 
-def _inputs(stage: Stage, module: nn.Module, piece: Piece) -> list[Any]:
+def _inputs(stage: Stage, signature: inspect.Signature, piece: Piece) -> list[Any]:
     if not stage.arguments:
         return []
-    given = bound(module, piece.x)
+    given = bound(signature, piece.x)
     return [given[name] for name in stage.arguments]
 
 

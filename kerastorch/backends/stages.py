@@ -124,22 +124,14 @@ def split(
     return Stages(by_mode[True], by_mode[False], units, _owners(module, by_mode[True]))
 
 
-def bound(module: nn.Module, x: Any) -> dict[str, Any]:
-    """The inputs by the names of the forward's arguments, as `module(x)`, `module(*x)` or `module(**x)` gives them."""
-    signature = inspect.signature(module.forward)
+def bound(signature: inspect.Signature, x: Any) -> dict[str, Any]:
+    """The inputs by the names of a forward's arguments, as `module(x)`, `module(*x)` or `module(**x)` gives them."""
     try:
         if isinstance(x, Mapping):
-            found = signature.bind(**x)
-        else:
-            found = signature.bind(*(x if isinstance(x, (tuple, list)) else (x,)))
+            return signature.bind(**x).arguments
+        return signature.bind(*(x if isinstance(x, (tuple, list)) else (x,))).arguments
     except TypeError as error:
         raise ValueError(f"the inputs do not fit the module's forward{signature}: {error}.") from error
-    variadic = {name for name, given in signature.parameters.items() if given.kind in (2, 4)}
-    if variadic & set(found.arguments):
-        raise ValueError(
-            f"the module cannot be cut into stages: its forward{signature} takes any number of arguments. Name them."
-        )
-    return dict(found.arguments)
 
 
 # Tracing.
@@ -206,9 +198,13 @@ def _containers(module: nn.Module, units: Sequence[str]) -> Iterator[str]:
 
 
 def _trace(module: nn.Module, x: Any, opened: frozenset[str], mode: bool) -> Trace:
-    given = bound(module, x)
-    signature = inspect.signature(module.forward).parameters
-    fixed = {name: one.default for name, one in signature.items() if name not in given and one.default is not one.empty}
+    signature = inspect.signature(module.forward)
+    given, arguments = bound(signature, x), signature.parameters
+    if any(arguments[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for name in given):
+        raise ValueError(
+            f"the module cannot be cut into stages: its forward{signature} takes any number of arguments. Name them."
+        )
+    fixed = {name: one.default for name, one in arguments.items() if name not in given and one.default is not one.empty}
     try:
         with _in_mode(module, mode), _len_of_proxies([module, *map(module.get_submodule, opened)]):
             graph = _Tracer(opened).trace(module, concrete_args=fixed)
@@ -218,7 +214,7 @@ def _trace(module: nn.Module, x: Any, opened: frozenset[str], mode: bool) -> Tra
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Write it as an "
             f"nn.Sequential, or put what branches on values into a submodule."
         ) from error
-    inputs = _only_given(graph, list(signature), given)
+    inputs = _only_given(graph, list(arguments), given)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     output = next(node for node in graph.nodes if node.op == "output")
     return Trace(module, inputs, tuple(_units(nodes)), output)
@@ -432,7 +428,7 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 def _times(trace: Trace, x: Any, device: torch.device) -> list[float]:
     """Seconds of forward and backward of each unit, one at a time on the device; nothing changes."""
-    given = bound(trace.module, x)
+    given = bound(inspect.signature(trace.module.forward), x)
     values: dict[fx.Node, Any] = {node: _moved(given[node.target], device) for node in trace.inputs}
     times = []
     devices = [device] if device.type != "cpu" else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -153,7 +154,7 @@ def layers(*widths: int) -> nn.Sequential:
 def through(stages, module: nn.Module, x: object) -> object:
     values = ()
     for stage in stages.training if module.training else stages.evaluating:
-        given = bound(module, x)
+        given = bound(inspect.signature(module.forward), x)
         values = stage.graph(*[given[name] for name in stage.arguments], *values)
     return values
 
