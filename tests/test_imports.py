@@ -89,6 +89,9 @@ BELOW = {
     "preflight.hints": {"data", "optimizers", "preflight.findings", "step", "structures", "tensors"},
     "backends.__init__": {"backends.single"},
     "backends.single": {"structures"},
+    "backends.pipeline": {"backends.crossing", "backends.stages", "structures"},
+    "backends.crossing": {"backends.stages", "structures"},
+    "backends.stages": {"structures"},
     "state": {"checkpoint", "history"},
     "averages": {"checkpoint"},
     "checkpoint": {"__version__", "kinds", "writing"},  # the first a name, not a file

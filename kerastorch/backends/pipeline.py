@@ -31,12 +31,11 @@ How it takes part in a run (see also `step.py`, `loop.py`):
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,8 +45,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..structures import detached, join, leaves, map_structure
-from .stages import Stage, bound, named_tensors, split, unchanged
+from ..structures import join, leaves, map_structure
+from .crossing import (
+    FillAndDrain,
+    Part,
+    Piece,
+    Run,
+    Sort,
+    Way,
+    changeable,
+    identity,
+    inputs_of,
+    on_meta,
+    received,
+    sort_of,
+    sort_to_cross,
+    stage_class,
+    to_send,
+    unread_of,
+    wire_sorts,
+)
+from .stages import Stage, named_tensors, split, unchanged
 
 # Name -> (torch's class, whether ranks may have several stages).
 SCHEDULES = {
@@ -96,29 +114,6 @@ class MeanLoss:
     def shares(self, output: Any, target: Any, weight: Any, samples: int) -> list[Count]:
         """The mean losses of a piece."""
         return [Count("", self.function(output, target, weight), self.counts(output, target, samples)[""])]
-
-
-@dataclass
-class Piece:
-    """A part of a batch.
-
-    Attributes:
-        x: Inputs.
-        target: Targets.
-        weight: Weights of the samples.
-        samples: How many it has.
-        divisors: Name -> what the loss times its count is divided by.
-        output: What the last stage returned, without its graph; kept where it was asked for.
-        loss: Its part of the batch's mean loss; on the last rank.
-    """
-
-    x: Any
-    target: Any
-    weight: Any
-    samples: int
-    divisors: Mapping[Any, Any] = field(default_factory=dict)
-    output: Any = None
-    loss: Tensor | None = None
 
 
 class Pipeline:
@@ -232,8 +227,8 @@ class Pipeline:
         self._module: nn.Module | None = None
         self._foreign: list[_Slot] = []
         self._groups: dict[torch.optim.Optimizer, list[list[nn.Parameter]]] = {}
-        self._known: dict[Any, _Way] = {}
-        self._runs: OrderedDict[Any, _Run] = OrderedDict()
+        self._known: dict[Any, Way] = {}
+        self._runs: OrderedDict[Any, Run] = OrderedDict()
 
     # Computing.
 
@@ -419,7 +414,7 @@ class Pipeline:
         """What the losses of the pieces together are the mean over; of a sum `None`."""
         totals: dict[Any, Any] = {}
         for piece in pieces:
-            output = map_structure(_on_meta, self._way(piece, training=True).output)
+            output = map_structure(on_meta, self._way(piece, training=True).output)
             for name, count in criterion.counts(output, piece.target, piece.samples).items():
                 totals[name] = count if count is None or name not in totals else totals[name] + count
         return totals
@@ -430,7 +425,7 @@ class Pipeline:
         known = self._way(pieces[0], training=False).output
 
         def whole(leaf: Any) -> Any:
-            if not isinstance(leaf, _Sort):
+            if not isinstance(leaf, Sort):
                 return leaf
             shape = (samples, *leaf.shape[1:]) if len(pieces) > 1 else leaf.shape
             return torch.empty(shape, dtype=leaf.dtype, device=self.device)
@@ -451,14 +446,14 @@ class Pipeline:
             self._runs.popitem(last=False)
         run(pieces, criterion, scale)
 
-    def _scheduled(self, way: _Way, number: int, training: bool) -> _Run:
+    def _scheduled(self, way: Way, number: int, training: bool) -> Run:
         parts = [self._part(index, way, training) for index in self.own]
         name = self._schedule_for(number, training)
         if name is None:
-            schedule = _FillAndDrain(self, [*zip(self.own, parts, strict=True)], way, training)
+            schedule = FillAndDrain([*zip(self.own, parts, strict=True)], way, training, self.stages - 1, self.device)
         else:
             schedule = self._of_torch(name, parts, way, number, training)
-        return _Run(schedule, parts, number, self.is_last and training)
+        return Run(schedule, parts, number, self.is_last and training)
 
     def _schedule_for(self, number: int, training: bool) -> str | None:
         """The one that was asked for or one that computes the same; `None` where torch has none for so few pieces."""
@@ -469,25 +464,25 @@ class Pipeline:
         is_whole = training and number % (number // self.world) == 0
         return self.schedule if is_whole else "loopedbfs"
 
-    def _of_torch(self, name: str, parts: list[_Part], way: _Way, number: int, training: bool) -> Any:
+    def _of_torch(self, name: str, parts: list[Part], way: Way, number: int, training: bool) -> Any:
         from torch.distributed import pipelining  # half a second that only pipelines need to spend
 
         kind, is_looped = SCHEDULES[name]
         stages = [self._torch_stage(part, index, way) for part, index in zip(parts, self.own, strict=True)]
-        loss = _identity if training else None
+        loss = identity if training else None
         return getattr(pipelining, kind)(stages if is_looped else stages[0], number, loss, scale_grads=False)
 
-    def _part(self, index: int, way: _Way, training: bool) -> _Part:
+    def _part(self, index: int, way: Way, training: bool) -> Part:
         is_last = index == self.stages - 1
         stage, before, after, unread = self._stage(index), way.before[index], way.after[index], way.unread[index]
-        return _Part(stage, self._signature, before, after, unread, is_last, training, self._context)
+        return Part(stage, self._signature, before, after, unread, is_last, training, self._context)
 
-    def _torch_stage(self, part: _Part, index: int, way: _Way) -> Any:
+    def _torch_stage(self, part: Part, index: int, way: Way) -> Any:
         """The stage in torch's terms, told all shapes, on the meta device: then no version computes them itself."""
-        arriving = tuple(_wire_sorts(way.before[index]))
+        arriving = tuple(wire_sorts(way.before[index]))
         loss = torch.empty(1, device="meta", requires_grad=part.is_trained)
-        leaving = (loss,) if part.is_last else tuple(_wire_sorts(way.after[index]))
-        kind = _stage_class()
+        leaving = (loss,) if part.is_last else tuple(wire_sorts(way.after[index]))
+        kind = stage_class()
         return kind(part, index, self.stages, self.device, input_args=arriving, output_args=leaving)
 
     def _stage(self, index: int) -> Stage:
@@ -495,20 +490,20 @@ class Pipeline:
 
     # What crosses between stages.
 
-    def _way(self, piece: Piece, training: bool) -> _Way:
+    def _way(self, piece: Piece, training: bool) -> Way:
         """What the stages pass on for pieces of this shape: found out once."""
         training = training and torch.is_grad_enabled()
         mode = self._module.training
-        sorts = tuple(_sort_of(leaf) for leaf in leaves(piece.x))
+        sorts = tuple(sort_of(leaf) for leaf in leaves(piece.x))
         trained = tuple(parameter.requires_grad for parameter in self._parameters) if training else ()
         key = (training, mode, sorts, trained)
         if key not in self._known:
             self._known[key] = self._explored(key, piece, training)
         return self._known[key]
 
-    def _explored(self, key: Any, piece: Piece, training: bool) -> _Way:
+    def _explored(self, key: Any, piece: Piece, training: bool) -> Way:
         """One piece through all stages, without a schedule; nothing changes."""
-        way, sent = _Way(key), ()
+        way, sent = Way(key), ()
         devices = [self.device] if self.device.type != "cpu" else []
         kind = self.device.type if devices else "cuda"
         for index in range(self.stages):
@@ -520,18 +515,19 @@ class Pipeline:
             if self.rank != receiver:
                 continue
             stage = self._stage(index)
-            arriving = map_structure(partial(_received, device=self.device), sent)
+            arriving = map_structure(partial(received, device=self.device), sent)
             with (
                 torch.random.fork_rng(devices, device_type=kind),
                 unchanged(stage.graph),
                 torch.set_grad_enabled(training),
                 self._context(),
             ):
-                leaving = stage.graph(*_inputs(stage, self._signature, piece), *arriving)
-            way.before[index] = map_structure(_sort_of, arriving)
-            way.after[index] = map_structure(_sort_of if index == self.stages - 1 else _sort_to_cross, leaving)
-            way.unread[index] = _unread(arriving, leaving)
-            sent = map_structure(_to_send, leaving)
+                own = map_structure(_copied, inputs_of(stage, self._signature, piece))
+                leaving = stage.graph(*own, *map_structure(changeable, arriving))
+            way.before[index] = map_structure(sort_of, arriving)
+            way.after[index] = map_structure(sort_of if index == self.stages - 1 else sort_to_cross, leaving)
+            way.unread[index] = unread_of(arriving, leaving)
+            sent = map_structure(to_send, leaving)
         output = [way.after.get(self.stages - 1)]
         dist.broadcast_object_list(output, self.last_rank, device=self.device)
         way.output = output[0]
@@ -587,12 +583,12 @@ class Pipeline:
     def _gathered(self, own: Mapping[Any, Any], to: int | None) -> dict[Any, Any]:
         """What all ranks have, tensors on the CPU, on rank `to` or on all; one tensor at a time."""
         tables = [None] * self.world
-        dist.all_gather_object(tables, {key: _sort_of(value) for key, value in own.items()})
+        dist.all_gather_object(tables, {key: sort_of(value) for key, value in own.items()})
         gathered = {}
         for owner, table in enumerate(tables):
             for key, sort in table.items():
                 value = sort
-                if isinstance(sort, _Sort):
+                if isinstance(sort, Sort):
                     mine = own[key].detach().to(self.device) if self.rank == owner else None
                     if mine is None:
                         mine = torch.empty(sort.shape, dtype=sort.dtype, device=self.device)
@@ -645,310 +641,17 @@ class Pipeline:
         return list(dict.fromkeys(map(module.get_submodule, mine)))
 
 
-# Between stages.
-
-
-@dataclass(frozen=True)
-class _Sort:
-    """Shape and dtype of a tensor, and whether a gradient comes back for it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    has_gradient: bool
-
-
-@dataclass
-class _Way:
-    """What crosses between stages, for pieces of one shape; of the stages of this process.
-
-    Attributes:
-        key: What shape that is.
-        before: Stage -> the structure of what arrives, with a `_Sort` in the place of each tensor.
-        after: Stage -> the same of what it returns.
-        unread: Stage -> numbers of arriving tensors that no gradient comes back for.
-        output: The structure of the module's output, on all ranks.
-    """
-
-    key: Any
-    before: dict[int, Any] = field(default_factory=dict)
-    after: dict[int, Any] = field(default_factory=dict)
-    unread: dict[int, frozenset[int]] = field(default_factory=dict)
-    output: Any = None
-
-
-class _Part(nn.Module):
-    """A stage as torch's schedules call it: tensors in, tensors out, and the number of the piece.
-
-    The last one returns the piece's part of the loss, so that torch neither keeps nor joins outputs.
-    """
-
-    def __init__(
-        self,
-        stage: Stage,
-        signature: inspect.Signature,
-        before: Any,
-        after: Any,
-        unread: frozenset[int],
-        is_last: bool,
-        training: bool,
-        context: Callable[[], AbstractContextManager],
-    ) -> None:
-        super().__init__()
-        self.graph = stage.graph
-        self.stage, self.signature, self.before, self.after = stage, signature, before, after
-        self.is_last, self.is_trained, self.context, self.unread = is_last, training, context, unread
-        self.pieces: list[Piece] = []
-        self.criterion, self.scale = None, 1.0
-
-    def forward(self, *wires: Tensor, index: Tensor) -> Tensor | tuple[Tensor, ...]:
-        piece = self.pieces[int(index)]
-        with self.context():
-            arriving = _unwired(self.before, wires)
-            leaving = self.graph(*_inputs(self.stage, self.signature, piece), *arriving)
-            results = [self._end(piece, leaving)] if self.is_last else _wired(leaving, self.after)
-        if self.is_trained:
-            results[0] = self._tied(results[0], wires)
-        return results[0] if self.is_last else tuple(results)
-
-    def _end(self, piece: Piece, output: Any) -> Tensor:
-        if not self.is_trained:
-            piece.output = map_structure(detached, output)
-            return torch.zeros(1)
-        shares = self.criterion.shares(output, piece.target, piece.weight, piece.samples)
-        parts = [_weighted(share, piece.divisors[share.name]) for share in shares]
-        # A mean of nothing is NaN, but counts nothing.
-        numbers = [part.detach() for part in parts]
-        piece.loss = sum(
-            number if not isinstance(share.count, Tensor) else torch.where(share.count > 0, number, 0.0)
-            for share, number in zip(shares, numbers, strict=True)
-        )
-        # Not a view: torch detaches what is none in place, and so frees the graph before the schedule is over.
-        return torch.stack([(sum(parts) * self.scale).float()])
-
-    def _tied(self, result: Tensor, wires: Sequence[Tensor]) -> Tensor:
-        """The same, whose backward gives every wire a gradient, of zeros if need be: the stage before waits for it."""
-        loose = [wires[number] for number in self.unread]
-        if loose:
-            return _Tied.apply(result, *loose)
-        return result if result.requires_grad else result.detach().requires_grad_()
-
-
-class _Run:
-    """One schedule, for so many pieces of one shape."""
-
-    def __init__(self, schedule: Any, parts: list[_Part], number: int, has_targets: bool) -> None:
-        self.schedule, self.parts = schedule, parts
-        # On the CPU, where reading them waits for nothing.
-        self.index = torch.arange(number)
-        self.targets = self.index if has_targets else None
-
-    def __call__(self, pieces: list[Piece], criterion: Any, scale: Any) -> None:
-        for part in self.parts:
-            part.pieces, part.criterion, part.scale = pieces, criterion, scale
-        try:
-            self.schedule.step(index=self.index, target=self.targets)
-        finally:
-            for part in self.parts:
-                part.pieces, part.criterion = [], None
-
-
-class _Tied(torch.autograd.Function):
-    """`result`; the others get gradients of zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, *others: Tensor) -> Tensor:
-        ctx.sorts = [(other.shape, other.dtype, other.device) for other in others]
-        return result.view_as(result)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.sorts)
-
-
-class _FillAndDrain:
-    """All forwards, then all backwards, stage by stage: for fewer pieces than processes.
-
-    torch's schedules for one stage in each process refuse so few, and those for several mix up messages before 2.10.
-    """
-
-    def __init__(self, pipeline: Pipeline, parts: list[tuple[int, _Part]], way: _Way, training: bool) -> None:
-        self.parts, self.way, self.training = parts, way, training
-        self.device, self.world, self.last = pipeline.device, pipeline.world, pipeline.stages - 1
-
-    def step(self, index: Tensor, target: Tensor | None) -> None:
-        self.works: list[dist.Work] = []
-        self.kept: list[Tensor] = []  # what is being sent
-        done = {(stage, int(one)): self._forward(stage, part, one) for stage, part in self.parts for one in index}
-        for stage, _ in reversed(self.parts) if self.training else ():
-            for number in range(len(index)):
-                self._backward(stage, *done[stage, number])
-        for work in self.works:
-            work.wait()
-        self.works, self.kept = [], []
-
-    def _forward(self, stage: int, part: _Part, number: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """What a stage takes and returns."""
-        wires = self._received(self.way.before[stage], stage - 1) if stage else []
-        wires = [wire.requires_grad_(self.training) for wire in wires]
-        results = part(*wires, index=number)
-        if stage == self.last:
-            return wires, [results]
-        self._send(results, stage + 1)
-        return wires, [*results]
-
-    def _backward(self, stage: int, wires: list[Tensor], results: list[Tensor]) -> None:
-        gradients = self._received(self.way.after[stage], stage + 1) if stage < self.last else [None]
-        pairs = [pair for pair in zip(results, gradients, strict=True) if pair[0].requires_grad]
-        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
-        if stage:
-            self._send([wire.grad for wire in wires], stage - 1)
-
-    def _received(self, structure: Any, stage: int) -> list[Tensor]:
-        arrived = [torch.empty_like(sort, device=self.device, requires_grad=False) for sort in _wire_sorts(structure)]
-        for wire in arrived:
-            dist.recv(wire, stage % self.world)
-        return arrived
-
-    def _send(self, tensors: Iterable[Tensor], stage: int) -> None:
-        for tensor in tensors:
-            self.kept.append(tensor.detach().contiguous())
-            self.works.append(dist.isend(self.kept[-1], stage % self.world))
-
-
-@functools.cache
-def _stage_class() -> type:
-    from torch.distributed.pipelining import PipelineStage
-
-    class Stage(PipelineStage):
-        def _get_init_p2p_neighbors_ops(self) -> list:
-            # torch 2.9 greets the neighbours with 8 bytes where they wait for 4, of which gloo dies. The processes have
-            # met by then.
-            return []
-
-    return Stage
-
-
-def _identity(output: Tensor, target: Tensor) -> Tensor:
-    return output
-
-
-def _weighted(share: Any, divisor: Any) -> Tensor:
-    if share.count is None:
-        return share.loss
-    if isinstance(divisor, Tensor):
-        divisor = torch.where(divisor > 0, divisor, 1)
-        return share.loss * share.count / divisor  # not their quotient, a float32
-    return share.loss * (share.count / divisor)
-
-
-def _inputs(stage: Stage, signature: inspect.Signature, piece: Piece) -> list[Any]:
-    if not stage.arguments:
-        return []
-    given = bound(signature, piece.x)
-    return [given[name] for name in stage.arguments]
-
-
-def _sort_of(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return _Sort(tuple(leaf.shape), leaf.dtype, leaf.requires_grad)
-
-
-def _sort_to_cross(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) and leaf.is_complex() and leaf.requires_grad:
-        raise ValueError(
-            f"a complex tensor of shape {tuple(leaf.shape)} with a gradient would have to pass from one stage to the "
-            f"next, which takes real ones. Give balance so that no cut goes through complex layers."
-        )
-    return _sort_of(leaf)
-
-
-def _on_meta(leaf: Any) -> Any:
-    return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") if isinstance(leaf, _Sort) else leaf
-
-
-def _wire_sorts(structure: Any) -> Iterator[Tensor]:
-    for sort in leaves(structure):
-        if isinstance(sort, _Sort) and sort.dtype.is_floating_point:
-            yield torch.empty(sort.shape, dtype=sort.dtype, device="meta", requires_grad=True)
-        elif isinstance(sort, _Sort):
-            yield torch.empty(-(-_bytes(sort) // 4), device="meta", requires_grad=True)
-
-
-def _bytes(sort: _Sort) -> int:
-    return torch.Size(sort.shape).numel() * sort.dtype.itemsize
-
-
-def _wired(values: Any, structure: Any) -> list[Tensor]:
-    """The tensors as floats that lie in one piece."""
-    wires = []
-    for leaf, sort in zip(leaves(values), leaves(structure), strict=True):
-        if not isinstance(leaf, Tensor):
-            continue
-        leaf = (leaf if sort.has_gradient else leaf.detach()).contiguous()
-        if not leaf.dtype.is_floating_point:
-            bits = leaf.reshape(-1).view(torch.uint8)
-            leaf = torch.nn.functional.pad(bits, (0, -len(bits) % 4)).view(torch.float32)
-        wires.append(leaf)
-    return wires
-
-
-def _unwired(structure: Any, wires: Sequence[Tensor]) -> Any:
-    arrived = iter(wires)
-
-    def put(sort: Any) -> Any:
-        if not isinstance(sort, _Sort):
-            return sort
-        wire = next(arrived)
-        if sort.has_gradient:
-            return wire
-        if sort.dtype.is_floating_point:
-            return wire.detach()
-        return wire.detach().view(torch.uint8)[: _bytes(sort)].view(sort.dtype).reshape(sort.shape)
-
-    return map_structure(put, structure)
-
-
-@dataclass(frozen=True)
-class _Sent:
-    """A tensor on its way, on the CPU, without its graph."""
-
-    tensor: Tensor
-    has_gradient: bool
-
-
-def _to_send(leaf: Any) -> Any:
-    return _Sent(leaf.detach().cpu(), leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
-
-
-def _received(leaf: Any, device: torch.device) -> Any:
-    if not isinstance(leaf, _Sent):
-        return leaf
-    return leaf.tensor.detach().to(device).requires_grad_(leaf.has_gradient)
-
-
-def _unread(arriving: Any, leaving: Any) -> frozenset[int]:
-    """Numbers of the arriving tensors that `leaving` was not computed from by a differentiable way."""
-    tensors = [leaf for leaf in leaves(arriving) if isinstance(leaf, Tensor)]
-    waiting = [leaf.grad_fn for leaf in leaves(leaving) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-    read = {id(leaf) for leaf in leaves(leaving) if isinstance(leaf, Tensor) and leaf.requires_grad}
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        read.add(id(getattr(node, "variable", None)))
-        for before, _ in node.next_functions:
-            if before is not None and before not in seen:
-                seen.add(before)
-                waiting.append(before)
-    return frozenset(number for number, leaf in enumerate(tensors) if id(leaf) not in read)
-
-
 # Pieces.
 
 
 def _cut(leaf: Any, samples: int, first: int, last: int) -> Any:
     is_of_samples = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == samples
     return leaf[first:last] if is_of_samples else leaf
+
+
+def _copied(leaf: Any) -> Any:
+    """For a layer that changes its inputs."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _by_size(pieces: list[Piece]) -> Iterator[list[Piece]]:

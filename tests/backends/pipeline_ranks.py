@@ -294,6 +294,20 @@ def one_microbatch() -> dict[str, Any]:
     return mlp_case(adamw, microbatches=1)
 
 
+def in_place() -> nn.Sequential:
+    """Layers that change what they get: the batch itself and what arrives from the stage before."""
+    torch.manual_seed(6)
+    shift = nn.ReLU6(inplace=True)
+    return nn.Sequential(shift, nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 3), nn.ReLU(inplace=True))
+
+
+@case(2)
+def changed_in_place() -> dict[str, Any]:
+    x, y = points()
+    options = {"schedule": "interleaved1f1b", "balance": ["1", "2", "4"], "microbatches": 2}
+    return compared(in_place, sgd, x.relu() / 9, y, masked, MASKED, **options)
+
+
 @case(2)
 def by_time() -> dict[str, Any]:
     return mlp_case(balance="time")

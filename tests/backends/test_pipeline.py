@@ -56,8 +56,8 @@ def four(found: dict[int, dict]) -> dict:
     "case",
     [
         "gpipe", "one_forward_one_backward", "interleaved", "looped", "more_microbatches_than_samples",
-        "one_microbatch", "by_time", "recomputed", "transformer_in_two", "transformer_recomputed_by_name",
-        "sum_of_losses",
+        "one_microbatch", "changed_in_place", "by_time", "recomputed", "transformer_in_two",
+        "transformer_recomputed_by_name", "sum_of_losses",
     ],
 )  # fmt: skip
 def test_two_epochs_of_uneven_masked_batches_are_those_of_one_process(two, case):
