@@ -12,21 +12,29 @@ result that of one process on the whole batch:
 - Shapes. Before the first run of a size, one piece goes through the stages alone, under a copy of random numbers and
   running statistics, and each stage tells the next what comes. torch's own way would train BatchNorm on a piece of
   zeros or of nothing.
-- Tensors between stages that have no gradient (masks, indices, what frozen layers return) are wired as floats whose
-  gradient is zero: some versions of torch send nothing else.
 
-Every process goes through all batches in the same order: the first stage reads the inputs, the last one the targets,
-and all need to know the sizes. BatchNorm sees pieces, as in torch and in GPipe (Huang et al. 2019, section 2): its
-layers are the one place where the result is not that of one process, but that of one process with these microbatches.
+What crosses between stages is in `crossing.py`, where a module is cut in `stages.py`. Every process goes through all
+batches in the same order: stages read the inputs that they use, the last one the targets, and all need to know the
+sizes. BatchNorm sees pieces, as in torch and in GPipe: a module that has it is trained as one process would with these
+microbatches. Random numbers are each process's own; other layers draw the same ones in two processes of one seed.
 
-How it takes part in a run (see also `step.py`, `loop.py`):
+How it takes part in a run (see `step.py`, `loop.py`); everything is called on all ranks, in the same order:
 
-- before the first hook: `start(module, x)`, then `adopt(optimizer)` for each optimizer; at the end `finish()`, which
-  puts module and optimizers together again.
-- a step: `train(batch, criterion, divisors)` stands for forward and backward; it is called alike on all ranks. The
-  criterion's `shares` is called for each piece on the last rank alone: the place to feed the tracker.
-- clipping: `clip_gradients`; an evaluation step and predict: `forward(x, to=...)`; numbers that all ranks need, once
-  they are read: `from_last`; checkpoints: `state_dict`, `optimizer_state_dict`, and back by `load_...`.
+- Before the first hook `start(module, x)`, then `adopt(optimizer)` for each one; `finish()` at the end, also of an
+  evaluation or prediction alone. In between, the whole module's own `forward` cannot be called, and of its tensors
+  only those of this process's stages are real; `optimizer.step`, schedules and `zero_grad` are used as ever.
+- `step(recipe, batch)` is `train(batch, criterion, divisors)`, then the hooks `on_after_backward`, then
+  `window.count_batch()`. The criterion has the compiled loss: its `shares(output, target, weight, samples)` computes
+  it, feeds the tracker, on the last rank alone, and returns `loss.shares(...)`; its `counts` returns the same names
+  with `loss.count(...)`. In a window of several batches `divisors` adds the totals to those of the window and returns
+  what it expects, the same for each batch; the gradients are multiplied by expected / total when it closes.
+- `evaluation_step` is `forward(x)` and, where `is_last`, loss and tracker on the whole batch's output; `predict` calls
+  `forward(x, to="all")`. The trackers of other ranks stay at zero, so that `sum` gives all ranks the values.
+- `Update.clip` is `clip_gradients`, checkpoints take `state_dict` and `optimizer_state_dict`: those of a plain module
+  and optimizer, in whole.
+
+Source: pieces and BatchNorm, Huang et al. 2019, "GPipe", section 2; 1F1B, Narayanan et al. 2021, "Efficient Large-Scale
+Language Model Training on GPU Clusters Using Megatron-LM", section 2.2; torch.distributed.pipelining.
 """
 
 from __future__ import annotations
@@ -98,6 +106,12 @@ class MeanLoss:
     Args:
         function: `(output, target, weight) -> mean loss`, a scalar.
         counted: `(target) -> how many it is the mean over`, an int or a scalar tensor. Default: its samples.
+    Example:
+        >>> def loss(output, target, weight):
+        ...     return nn.functional.cross_entropy(output, target)
+        >>> criterion = MeanLoss(loss, counted=lambda target: (target != -100).sum())
+        >>> criterion.counts(None, torch.tensor([3, -100, 1]), samples=3)
+        {'': tensor(2)}
     """
 
     def __init__(
@@ -122,7 +136,7 @@ class Pipeline:
     Args:
         stages: How many; `"auto"` = one for each process, or two with a schedule that interleaves stages.
         microbatches: Pieces of each batch; a smaller batch is cut into samples. `"auto"` = four for each stage, which
-            leaves about a fifth of the time idle; more leave less and make smaller pieces.
+            leaves at most a fifth of the time idle; more leave less and make smaller pieces.
         schedule: `"gpipe"`, `"1f1b"` (the memory of fewer pieces), or with several stages for each process
             `"interleaved1f1b"` or `"loopedbfs"`.
         balance: `"parameters"`, `"time"`, or where the stages begin: see `stages.split`.
@@ -132,6 +146,23 @@ class Pipeline:
     Raises:
         ValueError: an option that is unknown or fits no other.
         TypeError: one of a wrong type.
+    Example:
+        In one process, so with one stage; `torchrun --nproc-per-node 2` would make two.
+
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+        >>> optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        >>> pipeline = Pipeline(microbatches=3)
+        >>> x, y = torch.ones(8, 4), torch.ones(8, 1)
+        >>> pipeline.start(module, x)
+        >>> pipeline.adopt(optimizer)
+        >>> criterion = MeanLoss(lambda output, target, weight: (output - target).square().mean())
+        >>> loss = pipeline.train((x, y, None), criterion)
+        >>> optimizer.step()
+        >>> bool(pipeline.train((x, y, None), criterion) < loss)
+        True
+        >>> pipeline.finish()
+        >>> dist.destroy_process_group()
     """
 
     def __init__(
@@ -296,6 +327,13 @@ class Pipeline:
             number = torch.zeros((), dtype=dtype, device=self.device)
         dist.broadcast(number, self.last_rank)
         return number
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over all ranks."""
+        sums = [tensor.detach().to(self.device, copy=True) for tensor in tensors]
+        for one in sums:
+            dist.all_reduce(one)
+        return sums
 
     def total_norm(self, parameters: Iterable[nn.Parameter], norm_type: float = 2.0) -> Tensor:
         """The norm of the gradients of all stages: a scalar on the device."""

@@ -319,6 +319,7 @@ def balanced(costs: Sequence[float], stages: int) -> list[int]:
     Example:
         >>> balanced([5, 1, 1, 1, 4], 3)
         [0, 1, 4]
+
     Source: the linear partition problem, by dynamic programming; Skiena, "The Algorithm Design Manual", 8.5.
     """
     sums = [0.0]

@@ -551,6 +551,7 @@ def refusals() -> dict[str, Any]:
     module = mlp()
     pipeline.start(module, x[:2])
     wrong = {**pipeline.state_dict(to=None), "another": torch.zeros(1)}
+    assert [float(one) for one in pipeline.sum([torch.tensor(2.0), torch.tensor(pipeline.rank)])] == [4.0, 1.0]
     found = {
         "stages": message(lambda: Pipeline(stages=3).start(mlp(), x[:2])),
         "interleaved stages": message(lambda: Pipeline(stages=2, schedule="loopedbfs").start(mlp(), x[:2])),
