@@ -308,9 +308,7 @@ class Pipeline:
         pieces = self._pieces(x, None, None)
         for group in _by_size(pieces):
             self._run(group, training=False)
-        output = (
-            _joined([piece.output for piece in pieces], [piece.samples for piece in pieces]) if self.is_last else None
-        )
+        output = _joined(pieces) if self.is_last else None
         if to == "last" or self.world == 1:
             return output
         if output is None:
@@ -338,15 +336,15 @@ class Pipeline:
     def total_norm(self, parameters: Iterable[nn.Parameter], norm_type: float = 2.0) -> Tensor:
         """The norm of the gradients of all stages: a scalar on the device."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, norm_type).to(self.device) if gradients else None
-        if norm is None:
-            norm = torch.zeros((), device=self.device)
+        norm = torch.nn.utils.get_total_norm(gradients, norm_type) if gradients else torch.zeros(())
+        # In one dtype on all ranks, of which some may have no gradients.
+        total = norm.to(self.device, torch.float64)
         if norm_type == float("inf"):
-            dist.all_reduce(norm, dist.ReduceOp.MAX)
-            return norm
-        norm = norm**norm_type
-        dist.all_reduce(norm)
-        return norm ** (1.0 / norm_type)
+            dist.all_reduce(total, dist.ReduceOp.MAX)
+            return total.to(norm.dtype)
+        total = total**norm_type
+        dist.all_reduce(total)
+        return (total ** (1.0 / norm_type)).to(norm.dtype)
 
     def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scales gradients, in place, so that the norm over all stages is at most `max_norm`; returns it as it was."""
@@ -368,7 +366,7 @@ class Pipeline:
         """Puts weights of a plain module back; called on all ranks, each takes what is its own.
 
         Raises:
-            ValueError: names are missing or are not those of this module.
+            ValueError: names or shapes are not those of this module.
         """
         names = [*self._module.state_dict()]
         if missing := [name for name in names if name not in state] or [name for name in state if name not in names]:
@@ -376,10 +374,15 @@ class Pipeline:
                 f"the state is not one of this module: {missing[0]!r} is in one of them only. Load the state of a "
                 f"module of the same layers."
             )
-        with torch.no_grad():
-            for name, tensor in self._own_tensors().items():
-                if name in state:
-                    tensor.data.copy_(state[name])
+        own = {name: tensor for name, tensor in self._own_tensors().items() if name in state}
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(state[name].shape)} in the state, but {tuple(tensor.shape)} in the "
+                    f"module. Load the state of a module of the same layers."
+                )
+        for name, tensor in own.items():
+            tensor.data.copy_(state[name])
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Leaves the optimizer only what is trained in this process: parameters of its stages and their state.
@@ -698,21 +701,23 @@ def _by_size(pieces: list[Piece]) -> Iterator[list[Piece]]:
         yield [piece for piece in pieces if piece.samples == size]
 
 
-def _joined(outputs: list[Any], sizes: list[int]) -> Any:
-    if len(outputs) == 1:
-        return outputs[0]
+def _joined(pieces: list[Piece]) -> Any:
+    """The output of the whole batch."""
+    if len(pieces) == 1:
+        return pieces[0].output
 
     def together(parts: list[Any]) -> Any:
         if not isinstance(parts[0], Tensor):
             return parts[0]
-        if any(part.ndim == 0 or len(part) != size for part, size in zip(parts, sizes, strict=True)):
+        if any(part.ndim == 0 or len(part) != piece.samples for part, piece in zip(parts, pieces, strict=True)):
             raise ValueError(
-                f"the module returned a tensor of shape {tuple(parts[0].shape)} for {sizes[0]} samples; in a pipeline "
-                f"outputs of microbatches are put together along their first axis, which must be that of the samples."
+                f"the module returned a tensor of shape {tuple(parts[0].shape)} for {pieces[0].samples} samples; in a "
+                f"pipeline outputs of microbatches are put together along their first axis, which must be that of the "
+                f"samples."
             )
         return torch.cat(parts)
 
-    return join(outputs, together)
+    return join([piece.output for piece in pieces], together)
 
 
 # Tensors of other stages.

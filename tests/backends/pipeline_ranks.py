@@ -533,6 +533,11 @@ def under_autocast() -> dict[str, Any]:
             rule.zero_grad()
     crossing = next(iter(pipeline._known.values()))
     structure = crossing.after[0] if pipeline.rank == 0 else crossing.before[1]
+    pipeline.train((x, y, None), MASKED)
+    largest = pipeline.clip_gradients(many.parameters(), 1e9, float("inf"))
+    with low():
+        masked(one(x), y).backward()
+    assert abs(largest - nn.utils.clip_grad_norm_(one.parameters(), 1e9, float("inf"))) < 1e-6
     pipeline.finish()
     return {"weights": distance(one.state_dict(), many.state_dict()), "wires": str(structure[0].dtype)}
 
@@ -558,10 +563,11 @@ def refusals() -> dict[str, Any]:
         "checkpoint": message(lambda: Pipeline(checkpoint_activations="layers.*").start(mlp(), x[:2])),
         "lbfgs": message(lambda: pipeline.adopt(torch.optim.LBFGS(module.parameters()))),
         "state": message(lambda: pipeline.load_state_dict(wrong)),
+        "shape": message(lambda: pipeline.load_state_dict({name: torch.zeros(1) for name in [*wrong][:-1]})),
     }
     summed = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3), Sum())
     scalar.start(summed, x[:2])
-    found["scalar"] = message(lambda: scalar.forward(x[:6]) if scalar.is_last else scalar.forward(x[:6]))
+    found["scalar"] = message(lambda: scalar.forward(x[:6]))
     spectra = nn.Sequential(nn.Linear(8, 8), Spectrum(), nn.Linear(8, 8), nn.Linear(8, 3))
     turned = Pipeline(microbatches=3, balance=["2"])
     turned.start(spectra, x[:2])

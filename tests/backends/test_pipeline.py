@@ -121,6 +121,7 @@ def test_bf16_under_autocast_is_that_of_one_process(two):
         ("checkpoint", "checkpoint_activations='layers.*' is the name or glob of no submodule"),
         ("lbfgs", "LBFGS looks at all parameters together"),
         ("state", "'another' is in one of them only"),
+        ("shape", "'0.weight' has shape (1,) in the state, but (16, 8) in the module"),
         ("scalar", "returned a tensor of shape () for 2 samples"),
         ("complex", "a complex tensor of shape (2, 8) with a gradient would have to pass"),
     ],
