@@ -85,7 +85,6 @@ class Part(nn.Module):
         stage: Stage,
         signature: inspect.Signature,
         before: Any,
-        after: Any,
         unread: frozenset[int],
         is_last: bool,
         training: bool,
@@ -93,7 +92,7 @@ class Part(nn.Module):
     ) -> None:
         super().__init__()
         self.graph = stage.graph
-        self.stage, self.signature, self.before, self.after = stage, signature, before, after
+        self.stage, self.signature, self.before = stage, signature, before
         self.is_last, self.is_trained, self.context, self.unread = is_last, training, context, unread
         self.pieces: list[Piece] = []
         self.criterion, self.scale = None, 1.0
@@ -103,7 +102,7 @@ class Part(nn.Module):
         with self.context():
             arriving = map_structure(changeable, _unwired(self.before, wires))
             leaving = self.graph(*inputs_of(self.stage, self.signature, piece), *arriving)
-            results = [self._end(piece, leaving)] if self.is_last else _wired(leaving, self.after)
+            results = [self._end(piece, leaving)] if self.is_last else _wired(leaving)
         if self.is_trained:
             results[0] = self._tied(results[0], wires)
         return results[0] if self.is_last else tuple(results)
@@ -296,13 +295,13 @@ def _bytes(sort: Sort) -> int:
     return torch.Size(sort.shape).numel() * sort.dtype.itemsize
 
 
-def _wired(values: Any, structure: Any) -> list[Tensor]:
+def _wired(values: Any) -> list[Tensor]:
     """The tensors as floats that lie in one piece."""
     wires = []
-    for leaf, sort in zip(leaves(values), leaves(structure), strict=True):
+    for leaf in leaves(values):
         if not isinstance(leaf, Tensor):
             continue
-        leaf = (leaf if sort.has_gradient else leaf.detach()).contiguous()
+        leaf = leaf.contiguous()
         if not leaf.dtype.is_floating_point:
             bits = leaf.reshape(-1).view(torch.uint8)
             leaf = torch.nn.functional.pad(bits, (0, -len(bits) % 4)).view(torch.float32)

@@ -515,8 +515,8 @@ class Pipeline:
 
     def _part(self, index: int, way: Way, training: bool) -> Part:
         is_last = index == self.stages - 1
-        stage, before, after, unread = self._stage(index), way.before[index], way.after[index], way.unread[index]
-        return Part(stage, self._signature, before, after, unread, is_last, training, self._context)
+        stage, before, unread = self._stage(index), way.before[index], way.unread[index]
+        return Part(stage, self._signature, before, unread, is_last, training, self._context)
 
     def _torch_stage(self, part: Part, index: int, way: Way) -> Any:
         """The stage in torch's terms, told all shapes, on the meta device: then no version computes them itself."""

@@ -212,12 +212,13 @@ def compared(
     with torch.no_grad():
         for parameter in many.parameters() if dist.get_rank() else ():
             parameter.add_(1.0)  # the weights of rank 0 count
-    given = [*many.parameters()]
+    given, shapes = [*many.parameters()], [parameter.shape for parameter in many.parameters()]
     rules = rule(one.parameters()), rule(many.parameters())
     seen = by_hand(one, rules[0], data, loss)
     pipeline = Pipeline(**options)
     pipeline.start(many, cut(x, slice(0, 2)))
     pipeline.adopt(rules[1])
+    assert [parameter.shape for parameter in many.parameters()] == shapes
     here = sum(tensor.numel() for tensor in many.parameters() if not tensor.is_meta)
     trained = in_stages(pipeline, many, rules[1], data, criterion)
     many.eval(), one.eval()
