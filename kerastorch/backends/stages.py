@@ -318,7 +318,7 @@ def balanced(costs: Sequence[float], stages: int) -> list[int]:
         Index of the first of each run, ascending from 0.
     Example:
         >>> balanced([5, 1, 1, 1, 4], 3)
-        [0, 1, 4]
+        [0, 1, 3]
 
     Source: the linear partition problem, by dynamic programming; Skiena, "The Algorithm Design Manual", 8.5.
     """
