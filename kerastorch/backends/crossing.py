@@ -347,8 +347,7 @@ def unread_of(arriving: Any, leaving: Any) -> frozenset[int]:
     """Numbers of the arriving tensors that `leaving` was not computed from by a differentiable way."""
     tensors = [leaf for leaf in leaves(arriving) if isinstance(leaf, Tensor)]
     waiting = [leaf.grad_fn for leaf in leaves(leaving) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-    read = {id(leaf) for leaf in leaves(leaving) if isinstance(leaf, Tensor) and leaf.requires_grad}
-    seen = set(waiting)
+    read, seen = set[int](), set(waiting)
     while waiting:
         node = waiting.pop()
         read.add(id(getattr(node, "variable", None)))
