@@ -97,6 +97,9 @@ BELOW = {
     "backends.launch": set(),
     "backends.ranks": {"backends.single", "structures"},
     "backends.single": {"recomputing", "structures"},
+    "backends.pipeline": {"backends.crossing", "backends.stages", "structures"},
+    "backends.crossing": {"backends.stages", "structures"},
+    "backends.stages": {"structures"},
     "state": {"checkpoint", "history"},
     "averages": {"checkpoint"},
     "checkpoint": {"__version__", "kinds", "writing"},  # the first a name, not a file
