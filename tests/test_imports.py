@@ -87,8 +87,9 @@ BELOW = {
     "preflight.layers": {"preflight.hints", "structures"},
     "preflight.outputs": {"losses"},
     "preflight.hints": {"data", "optimizers", "preflight.findings", "step", "structures", "tensors"},
-    "backends.__init__": {"backends.single"},
+    "backends.__init__": {"backends.single", "backends.tpu"},
     "backends.single": {"structures"},
+    "backends.tpu": {"backends.single", "structures"},
     "state": {"checkpoint", "history"},
     "averages": {"checkpoint"},
     "checkpoint": {"__version__", "kinds", "writing"},  # the first a name, not a file

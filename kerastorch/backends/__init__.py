@@ -9,14 +9,15 @@ import torch
 
 from .single import Single as Single
 from .single import real_device
+from .tpu import TPU as TPU
 
 
 def get(backend: Any) -> Any:
     """What `Model` was given as `backend` -> the backend.
 
     Args:
-        backend: `"auto"`, `"cpu"`, `"gpu"` (CUDA, MPS or XPU, whichever is there), a device as torch names it, or an
-            instance. `"auto"` is the first that is really usable of CUDA, MPS, XPU and CPU.
+        backend: `"auto"`, `"cpu"`, `"gpu"` (CUDA, MPS or XPU, whichever is there), `"tpu"`, also known as `"xla"`, a
+            device as torch names it, or an instance. `"auto"` is the first that is really usable of CUDA, MPS, XPU and CPU.
     Raises:
         ValueError: an unknown name, or a device that is not there.
         NotImplementedError: `"auto"` under `torchrun` with several processes.
@@ -30,6 +31,8 @@ def get(backend: Any) -> Any:
                 'Start one process, or give backend="cpu" to train a model of its own in each.'
             )
         return Single(_first_usable(["cuda", "mps", "xpu", "cpu"]))
+    if backend in ("tpu", "xla") or backend == torch.device("xla"):
+        return TPU()
     if backend == "gpu":
         found = _first_usable(["cuda", "mps", "xpu"])
         if found is None:
@@ -39,7 +42,7 @@ def get(backend: Any) -> Any:
         return Single(torch.device(backend))
     except RuntimeError as error:
         raise ValueError(
-            f'backend={backend!r} is not known. Give "auto", "cpu", "gpu", or a device such as "cuda:1".'
+            f'backend={backend!r} is not known. Give "auto", "cpu", "gpu", "tpu", or a device such as "cuda:1".'
         ) from error
 
 
