@@ -80,6 +80,7 @@ class TPU(Single):
         if _hosts() > 1:
             _join_hosts()
             be_as_on_first_host(module)
+            _set_random_state(torch.initial_seed(), self.device)
         with _parameters_stay_objects():
             module.to(self.device)
         if self.shard is not None:
@@ -87,7 +88,6 @@ class TPU(Single):
         for part in module.modules():
             if isinstance(part, _NormBase):
                 _correct_variance(part)
-        _set_random_state(torch.initial_seed(), self.device)
         return module
 
     def hold(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -254,7 +254,10 @@ def _open(cores: int, found: int) -> tuple[torch.device, Any]:
     if cores > 1 and not runtime.is_spmd():
         runtime.use_spmd()
     mesh = _xla("distributed.spmd").Mesh(list(range(cores)), (cores,), (AXIS,)) if cores > 1 else None
-    return torch.empty(0, device=_xla().device()).device, mesh
+    device = torch.empty(0, device=_xla().device()).device
+    if not is_fixed:  # torch.manual_seed, before this, knew nothing of it
+        _set_random_state(torch.initial_seed(), device)
+    return device, mesh
 
 
 def _sync() -> None:
