@@ -1063,7 +1063,7 @@ class Model:
                 "fit was called by a callback while the same model trains. Train another, or call it later."
             )
         position = Position(epoch)
-        feed = self._batches if opened.own is None else partial(self._batches, ahead=False)
+        feed = partial(self._batches, ahead=opened.own is None or not self.backend.looks_ahead)
         looks_ahead = self.backend.looks_ahead and opened.own is None
         passes = Passes(opened, taken, position, lambda: self.epochs_trained, feed, looks_ahead)
         own = [one for part in self.module.modules() for one in generators_in(part, depth=1)]
