@@ -17,9 +17,11 @@ def get(backend: Any) -> Any:
 
     Args:
         backend: `"auto"`, `"cpu"`, `"gpu"` (CUDA, MPS or XPU, whichever is there), `"tpu"`, also known as `"xla"`, a
-            device as torch names it, or an instance. `"auto"` is the first that is really usable of CUDA, MPS, XPU and CPU.
+            device as torch names it, or an instance. `"auto"` is the first that is really usable of CUDA, MPS, XPU and
+            CPU.
     Raises:
         ValueError: an unknown name, or a device that is not there.
+        ImportError: `"tpu"` without torch_xla.
         NotImplementedError: `"auto"` under `torchrun` with several processes.
     """
     if not isinstance(backend, (str, torch.device)):

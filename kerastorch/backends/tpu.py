@@ -50,6 +50,9 @@ class TPU(Single):
         ImportError: torch_xla is not there, or not the one for this torch.
         ValueError: there is no TPU, or another number of cores; `shard` is unknown, or there is nothing to shard over.
         RuntimeError: this process has tensors on a core already and uses one, where now all are wanted, or vice versa.
+    Example:
+        >>> model = Model(net, backend=TPU(cores=4, shard="parameters"))  # doctest: +SKIP
+
     Source: torch_xla, `torch_xla.distributed.parallel_loader.MpDeviceLoader`; "PyTorch/XLA SPMD User Guide", "How to
         do Fully Sharded Data Parallel with SPMD".
     """

@@ -405,7 +405,8 @@ dist.init_process_group("gloo")
 torch.manual_seed(rank)
 net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
 be_as_on_first_host(net)
-print("\\nhost:", torch.initial_seed(), [round(float(one.double().sum()), 6) for one in net.state_dict().values()], flush=True)
+sums = [round(float(one.double().sum()), 6) for one in net.state_dict().values()]
+print("\\nhost:", torch.initial_seed(), sums, flush=True)
 dist.destroy_process_group()
 """
 
