@@ -16,7 +16,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class TPU(Single):
             _join_hosts()
             be_as_on_first_host(module)
             _set_random_state(torch.initial_seed(), self.device)
-        with _parameters_stay_objects():
+        with nullcontext() if any(map(is_lazy, module.parameters())) else _parameters_stay_objects():
             module.to(self.device)
         if self.shard is not None:
             self._shard_parameters(module)
@@ -140,7 +140,10 @@ class TPU(Single):
 
 @contextmanager
 def _parameters_stay_objects() -> Iterator[None]:
-    """`module.to` leaves tied parameters tied, and optimizers made before theirs, though they change device."""
+    """`module.to` leaves tied parameters tied, and optimizers made before theirs, though they change device.
+
+    Not for lazy layers: torch would take their parameters for ones of shape (0,).
+    """
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:

@@ -23,7 +23,7 @@ from tests.reference import cut, distance, train_in_windows
 CORES = int(os.environ.get("CPU_NUM_DEVICES", "1"))
 ROWS, BATCH = 77, 16  # four batches and 13 rows, which neither 4 nor 16 divides
 several = pytest.mark.skipif(CORES == 1, reason="of several cores: test_on_four_cores runs it in another process")
-alone = pytest.mark.skipif(CORES > 1, reason="of one core")
+alone = pytest.mark.skipif(CORES > 1, reason="the same with one core")
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +81,20 @@ class Counting(kt.Callback):
 # What is refused, with torch_xla or without.
 
 
+@alone
 @pytest.mark.parametrize("cores", [0, -1, True, 1.0, "all"])
 def test_what_is_no_number_of_cores_is_refused(cores):
     with pytest.raises(ValueError, match=f"cores={cores!r} is no number of cores"):
         TPU(cores)
 
 
+@alone
 def test_an_unknown_way_to_shard_is_refused():
     with pytest.raises(ValueError, match="shard='optimizer' is not known. Give \"parameters\""):
         TPU(shard="optimizer")
 
 
+@alone
 @pytest.mark.parametrize("name", ["tpu", "xla", torch.device("xla")])
 def test_without_torch_xla_an_error_says_what_to_install(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_xla", None)
@@ -99,11 +102,13 @@ def test_without_torch_xla_an_error_says_what_to_install(name, monkeypatch):
         kt.Model(nn.Linear(1, 1), backend=name)
 
 
+@alone
 def test_importing_the_package_leaves_torch_xla_alone():
     program = "import sys, kerastorch; assert not any(name.startswith('torch_xla') for name in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
+@alone
 def test_a_machine_without_a_tpu_is_refused_unless_its_cpu_is_asked_for(xla):
     program = "import kerastorch as kt; kt.backends.TPU()"
     environment = {key: value for key, value in os.environ.items() if key not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
@@ -115,6 +120,7 @@ def test_a_machine_without_a_tpu_is_refused_unless_its_cpu_is_asked_for(xla):
     assert "ValueError: torch_xla finds no TPU here. Set PJRT_DEVICE=CPU" in ended.stderr
 
 
+@alone
 def test_several_processes_on_a_host_are_refused(xla, monkeypatch):
     monkeypatch.setattr(tpu._xla("runtime"), "local_process_count", lambda: 4)
     with pytest.raises(ValueError, match="Start one process on each host"):
@@ -138,7 +144,7 @@ def test_a_process_that_uses_all_cores_cannot_use_one(backend):
         TPU(1)
 
 
-@pytest.mark.skipif(CORES > 1, reason="starts the process itself")
+@alone
 def test_a_process_that_uses_one_of_several_cores_cannot_use_all(xla):
     program = "import kerastorch as kt; print(kt.backends.TPU(1).cores); kt.backends.TPU(1); kt.backends.TPU()"
     environment = os.environ | {"CPU_NUM_DEVICES": "4", "PJRT_DEVICE": "CPU"}
@@ -152,8 +158,10 @@ def test_a_process_that_uses_one_of_several_cores_cannot_use_all(xla):
 # The numbers.
 
 
-@pytest.mark.parametrize("shard", [None, pytest.param("parameters", marks=several)])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(
+    "shard, accumulate",
+    [pytest.param(None, 1, marks=alone), (None, 3), pytest.param("parameters", 3, marks=several)],
+)
 def test_numbers_are_those_of_a_loop_by_hand_on_the_cpu(xla, data, shard, accumulate):
     x, y = data
     y = y.masked_fill(torch.arange(ROWS) % 3 == 0, -100)
@@ -195,7 +203,16 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("layers, options", [(name, {}) for name in LAYERS] + [("BatchNorm1d", {"momentum": None})])
+@pytest.mark.parametrize(
+    "layers, options",
+    [
+        ("BatchNorm2d", {}),
+        *(
+            pytest.param(*given, marks=alone)
+            for given in (("BatchNorm1d", {}), ("BatchNorm1d", {"momentum": None}), ("InstanceNorm1d", {}))
+        ),
+    ],
+)
 def test_normalization_keeps_the_statistics_that_torch_keeps(backend, data, layers, options):
     net = nn.Sequential(*LAYERS[layers](**options))
     models = [kt.Model(copy.deepcopy(net), backend=where).compile("sgd", "cross_entropy") for where in ("cpu", backend)]
@@ -205,6 +222,7 @@ def test_normalization_keeps_the_statistics_that_torch_keeps(backend, data, laye
     assert distance(models[0].module, models[1].module.cpu()) <= 1e-5
 
 
+@alone
 def test_a_module_that_is_back_on_the_cpu_keeps_its_statistics_by_itself(backend, data):
     net = nn.Sequential(*LAYERS["BatchNorm1d"]())
     placed = kt.Model(kt.Model(copy.deepcopy(net), backend=backend).module, backend=backend).module.cpu()
@@ -231,6 +249,7 @@ def test_what_cannot_be_sent_ahead_is_moved_all_the_same(backend):
     assert parameter.grad.tolist() == [2.0, 2.0]
 
 
+@alone
 def test_bf16_trains_in_bfloat16(backend, data):
     models = [kt.Model(network(), backend=where) for where in ("cpu", backend)]
     for model in models:
@@ -244,7 +263,7 @@ def test_bf16_trains_in_bfloat16(backend, data):
 # One program for each step.
 
 
-@pytest.mark.parametrize("form", ["arrays", "loader"])
+@pytest.mark.parametrize("form", ["arrays", pytest.param("loader", marks=alone)])
 def test_a_step_is_one_program_compiled_once_and_nothing_is_read_within_an_epoch(backend, data, form):
     x, y = data
     steps = -(-ROWS // BATCH)
@@ -264,6 +283,7 @@ def test_a_step_is_one_program_compiled_once_and_nothing_is_read_within_an_epoch
         assert whole["compiled"] == 0 and whole["executed"] <= steps + 1 and whole["reads"] <= 3
 
 
+@alone
 def test_a_step_is_handed_to_the_device_before_the_next_batch_is_read(backend, data, monkeypatch):
     events = []
     sync = tpu._sync
@@ -279,6 +299,7 @@ def test_a_step_is_handed_to_the_device_before_the_next_batch_is_read(backend, d
     assert events == ["cut", "read 0", "cut", "read 1", "cut", "read 2", "cut"]
 
 
+@alone
 def test_data_with_a_state_of_its_own_has_a_program_for_each_step_too(backend, data):
     loader = DataLoader(TensorDataset(*data), batch_size=BATCH)
     loader.state_dict, loader.load_state_dict = dict, lambda state: None
@@ -292,6 +313,7 @@ def test_data_with_a_state_of_its_own_has_a_program_for_each_step_too(backend, d
 # Objects and state.
 
 
+@alone
 def test_tied_parameters_stay_tied_and_an_optimizer_made_before_keeps_its_parameters(backend, data):
     net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Linear(64, 10))
     net[2].weight = net[0].weight
@@ -305,6 +327,13 @@ def test_tied_parameters_stay_tied_and_an_optimizer_made_before_keeps_its_parame
     assert net[2].weight is net[0].weight and net[0].weight.device == backend.device
     assert torch.__future__.get_swap_module_params_on_conversion() is False
     assert distance(on_cpu, net.cpu()) <= 1e-5
+
+
+@alone
+def test_lazy_layers_get_their_shapes_from_the_first_batch(backend, data):
+    model = kt.Model(nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 10)), backend=backend)
+    losses = model.compile("adam", "cross_entropy", lr=0.01).fit(*data, epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0] and model.module[0].weight.shape == (16, 64)
 
 
 def dropping() -> nn.Module:
@@ -342,6 +371,7 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn(backend, data, tmp_pa
     assert distance(whole.module.cpu(), gone_on.module.cpu()) <= 1e-6
 
 
+@alone
 def test_what_is_saved_on_xla_goes_on_on_the_cpu(backend, data, tmp_path):
     model = kt.Model(network(), backend=backend).compile("adamw", "cross_entropy")
     model.fit(*data, epochs=2, batch_size=BATCH, verbose=0)
@@ -383,12 +413,13 @@ def test_lazy_layers_have_no_shapes_to_shard(xla):
 
 
 @alone
+@pytest.mark.timeout(600)
 def test_on_four_cores(xla):
-    """All of this file again, in a process with four devices."""
+    """This file again, but for what is the same with one core, in a process with four devices."""
     environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
     root = Path(__file__).parents[2]
-    ended = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
+    ended = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=580)
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-1000:]
     assert " passed" in ended.stdout
 
@@ -411,6 +442,7 @@ dist.destroy_process_group()
 """
 
 
+@alone
 def test_hosts_begin_with_the_weights_and_the_seed_of_the_first(tmp_path):
     program = tmp_path / "host.py"
     program.write_text(FIRST_HOST)
@@ -421,6 +453,7 @@ def test_hosts_begin_with_the_weights_and_the_seed_of_the_first(tmp_path):
     assert first == second and first.startswith("host: 0 [")
 
 
+@alone
 def test_on_a_pod_each_host_has_its_rank(xla):
     if tpu._hosts() == 1:
         pytest.skip("needs a TPU pod: several processes cannot meet on torch_xla's CPU client")
