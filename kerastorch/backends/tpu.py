@@ -16,7 +16,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class TPU(Single):
             _join_hosts()
             be_as_on_first_host(module)
             _set_random_state(torch.initial_seed(), self.device)
-        with nullcontext() if any(map(is_lazy, module.parameters())) else _parameters_stay_objects():
+        with _lazy_left_out(module, self.device), _parameters_stay_objects():
             module.to(self.device)
         if self.shard is not None:
             self._shard_parameters(module)
@@ -140,16 +140,27 @@ class TPU(Single):
 
 @contextmanager
 def _parameters_stay_objects() -> Iterator[None]:
-    """`module.to` leaves tied parameters tied, and optimizers made before theirs, though they change device.
-
-    Not for lazy layers: torch would take their parameters for ones of shape (0,).
-    """
+    """`module.to` leaves tied parameters tied, and optimizers made before theirs, though they change device."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         yield
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@contextmanager
+def _lazy_left_out(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Gives lazy layers new parameters on the device: `module.to` would make them ones of shape (0,) there."""
+    tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+    found = [(table, name, one) for table in tables for name, one in table.items() if one is not None and is_lazy(one)]
+    for table, name, _ in found:
+        table[name] = None
+    try:
+        yield
+    finally:
+        for table, name, one in found:
+            table[name] = type(one)(requires_grad=one.requires_grad, device=device, dtype=one.dtype)
 
 
 # torch_xla 2.9 puts the biased variance into BatchNorm's running mean of variances, torch the unbiased one: evaluation

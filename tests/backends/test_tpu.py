@@ -330,9 +330,11 @@ def test_tied_parameters_stay_tied_and_an_optimizer_made_before_keeps_its_parame
 
 @alone
 def test_lazy_layers_get_their_shapes_from_the_first_batch(backend, data):
-    model = kt.Model(nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 10)), backend=backend)
+    net = nn.Sequential(nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.Linear(16, 10))
+    model = kt.Model(net, backend=backend)
     losses = model.compile("adam", "cross_entropy", lr=0.01).fit(*data, epochs=3, verbose=0).history["loss"]
     assert losses[-1] < losses[0] and model.module[0].weight.shape == (16, 64)
+    assert {tensor.device for tensor in net.state_dict().values()} == {backend.device}
 
 
 def dropping() -> nn.Module:
