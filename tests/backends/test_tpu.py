@@ -244,6 +244,7 @@ def test_what_cannot_be_sent_ahead_is_moved_all_the_same(backend):
     moved = backend.move([scalar, parameter])
     again = backend.move(moved)
     assert again[0] is moved[0] and again[1] is moved[1]
+    assert backend.hold([scalar])[0] is scalar  # batches are cut out on the host
     (moved[0] * moved[1]).sum().backward()
     assert parameter.grad.tolist() == [2.0, 2.0]
 
