@@ -80,6 +80,8 @@ class Compiled:
         self._schedules = {name: schedules.get(one) for name, one in chosen.items()}
         self._clip = _clipper(clip)
         refuse_unknown_mode(jit)
+        if jit and device.type == "xla":
+            raise ValueError(f"jit={jit!r} is for torch.compile, and XLA compiles each step by itself. Leave jit out.")
         self._jit, self.tbptt_steps, self.with_state = jit, tbptt_steps, None
         self.updates: dict[str, Update] = {}
         self.scaler = torch.amp.GradScaler(device.type) if self.precision.scales_loss else None
@@ -191,8 +193,9 @@ class Compiled:
             )
             self._refuse_shared(name, updates)
             self._warn_of_lost_eps(optimizer)
-            if optimizers.needs_closure(optimizer) and (self.scaler is not None or not self.is_single):
-                what = "precision='16'" if self.scaler is not None else "several optimizers"
+            is_lazy = self.device.type == "xla"  # each reading of a loss would be a program of its own
+            if optimizers.needs_closure(optimizer) and (self.scaler is not None or not self.is_single or is_lazy):
+                what = "precision='16'" if self.scaler is not None else "a TPU" if is_lazy else "several optimizers"
                 raise ValueError(
                     f"{type(optimizer).__name__} evaluates the loss several times a step, which does not go with "
                     f"{what}. Give another optimizer, or precision='bf16' or '32'."

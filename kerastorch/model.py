@@ -344,6 +344,7 @@ class Model:
         checks.refuse_no_split(validation_split)
         checks.refuse_class_weight(class_weight)
         checks.refuse_accumulation(accumulate, microbatch, self._compiled.tbptt_steps, self._overrides("train_step"))
+        checks.refuse_halving(microbatch, self.backend.device)
         limits.refuse_no_amounts(steps_per_epoch, validation_steps, sanity_steps, overfit_batches, dry_run)
         checks.refuse_resumed_dry_run(resume, dry_run)
         callbacks = as_list(callbacks)
@@ -1050,7 +1051,7 @@ class Model:
         recipe.compute = compiled.compute
         if recipe.scaler is not None:
             recipe.backward = partial(scaled_backward, recipe.scaler)
-        recipe.frozen = self._frozen
+        recipe.frozen, self.backend.in_pieces = self._frozen, pieces is not None
         recipe.size_of = partial(checks.size_at, accumulate)
         recipe.batches, recipe.gathers_pieces = batches, pieces is not None
         if self._running is None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .batchnorm import synchronized
+from .batchnorm import normalizing
 from .launch import launch
 from .ranks import Ranks
 
@@ -78,10 +78,11 @@ class DDP(Ranks):
 
     @contextmanager
     def running(self, module: nn.Module) -> Iterator[None]:
+        was_running = self._is_running
         with ExitStack() as stack:
             stack.enter_context(super().running(module))
-            if self.sync_batchnorm and self.is_joined:
-                stack.enter_context(synchronized(module, self))
+            if self.is_joined and not was_running:
+                stack.enter_context(normalizing(module, self))
             yield
 
     def network(self, module: nn.Module) -> Callable:

@@ -41,6 +41,7 @@ class Single:
     rank, world = 0, 1
     share: Callable[[int], tuple[slice, Any]] | None = None  # samples of a batch -> those taken here; `None` = all
     part: Any = None  # what the batch that `feed` gave last counts, as `share` said
+    in_pieces = False  # whether a run cuts its batches into pieces of which the others know nothing
     starts_ranks = False  # whether `launch` must run a verb in processes of its own
     scratch: str | None = None  # where files go that another process writes; `None` = it is this one
 
@@ -87,6 +88,9 @@ class Single:
     def move(self, tree: Any) -> Any:
         """All tensors of `tree`, on the device."""
         return map_structure(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, tree)
+
+    def cut(self) -> None:
+        """Before values are read: has the device do what was asked of it, where it only takes note of it at first."""
 
     # What several processes would do together, for one.
 
