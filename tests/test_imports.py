@@ -72,13 +72,13 @@ BELOW = {
     "summary": {"tracing"},
     "preflight.__init__": {
         "arguments", "checks", "preflight.data", "preflight.findings", "preflight.hints", "preflight.module",
-        "preflight.untouched": {"seeding"},
-    "preflight.refusals", "preflight.training", "preflight.trial", "structures",
+        "preflight.refusals", "preflight.training", "preflight.trial", "structures",
     },
     "preflight.trial": {
         "callbacks.base", "loop", "losses", "precision", "preflight.layers", "preflight.outputs", "preflight.seen",
         "preflight.untouched", "scopes", "seeding", "step", "structures", "tracker",
     },
+    "preflight.untouched": {"seeding"},
     "preflight.untouched": {"seeding"},
     "preflight.refusals": {"memory", "preflight.findings", "preflight.layers", "preflight.seen"},
     "preflight.module": {"preflight.findings", "preflight.layers", "preflight.seen"},
