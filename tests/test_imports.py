@@ -79,7 +79,6 @@ BELOW = {
         "preflight.untouched", "scopes", "seeding", "step", "structures", "tracker",
     },
     "preflight.untouched": {"seeding"},
-    "preflight.untouched": {"seeding"},
     "preflight.refusals": {"memory", "preflight.findings", "preflight.layers", "preflight.seen"},
     "preflight.module": {"preflight.findings", "preflight.layers", "preflight.seen"},
     "preflight.data": {

@@ -213,11 +213,11 @@ class GPU(Single):
     """
 
     def __init__(self, index: int = 0, *, checkpoint_activations: Any = None) -> None:
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ValueError(f"index={index!r} is no number of a GPU. Give a whole number from 0 up.")
         kind = first_usable(GPUS)
         if kind is None:
             raise ValueError('backend="gpu" found no GPU that torch can use. Give backend="cpu".')
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise ValueError(f"index={index!r} is no number of a GPU. Give a whole number from 0 up.")
         super().__init__(torch.device(kind, index), checkpoint_activations=checkpoint_activations)
 
 
