@@ -155,7 +155,7 @@ class Single:
         """Goes on from a state of the same process among as many."""
 
     def agree(self, wishes: list[bool], now: bool) -> list[bool]:
-        """Which of several wishes any process has: those of `now`, or of the call before, for which nobody waits."""
+        """Which of several wishes any process has; where they need not be known `now`, nobody waits for the others."""
         return wishes
 
     def _copied_ahead(self, batches: Iterable[Any]) -> Iterator[Any]:
