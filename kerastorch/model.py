@@ -188,7 +188,7 @@ class Model:
             "jit": jit,
             "tbptt_steps": tbptt_steps,
         }
-        compiled = Compiled(self.module, self.backend.device, **options)
+        compiled = Compiled(self.module, self.backend, **options)
         checks.refuse_combinations(compiled, jit, self._overrides("train_step"), self._overrides("compute_loss"))
         chosen_metrics = named_metrics.get(metrics, None if compiled.has_own_loss else compiled.loss, weighted_metrics)
         # A lazy module has no parameters yet, and a module without any can still be evaluated.
@@ -614,7 +614,7 @@ class Model:
             True
         """
         checkpoint.refuse_ending(path, is_weights=True)
-        self._write(checkpoint.write_weights, path, self.module.state_dict())
+        self._write(checkpoint.write_weights, path, self.backend.whole(self.module.state_dict()))
 
     def load_weights(self, path: str | os.PathLike, *, strict: bool = True, skip_mismatch: bool = False) -> Model:
         """Puts weights into the module; optimizer and all else stay as they are.
@@ -639,7 +639,7 @@ class Model:
         differences = refuse_unlike(self.module, weights, repr(str(path)), strict, skip_mismatch)
         for name in reshaped_of(self.module, weights):
             del weights[name]
-        self.module.load_state_dict(weights, strict=False)
+        self.backend.load(self.module, weights)
         if differences:
             warnings.warn(f"{str(path)!r} was loaded but for what is {'; '.join(differences)}.", stacklevel=2)
         return self
@@ -942,7 +942,8 @@ class Model:
 
     def get_weights(self) -> list[np.ndarray]:
         """Copies of all parameters and buffers as numpy arrays, in the order of `module.state_dict()`."""
-        return [to_numpy(tensor.detach().cpu()).copy() for tensor in self.module.state_dict().values()]
+        state = self.backend.whole(self.module.state_dict())
+        return [to_numpy(tensor.detach().cpu()).copy() for tensor in state.values()]
 
     def set_weights(self, weights: list[np.ndarray]) -> None:
         """Puts back what `get_weights` returned.
@@ -955,7 +956,8 @@ class Model:
             raise ValueError(
                 f"weights has {len(weights)} arrays, expected {len(state)}, one for each of {list(state)}."
             )
-        self.module.load_state_dict({name: torch.as_tensor(array) for name, array in zip(state, weights, strict=True)})
+        named = {name: torch.as_tensor(array) for name, array in zip(state, weights, strict=True)}
+        self.backend.load(self.module, named)
 
     # From arguments to what the loop takes.
 

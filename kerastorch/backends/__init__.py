@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .ddp import DDP as DDP
+from .fsdp import FSDP as FSDP
 from .single import CPU as CPU
 from .single import GPU as GPU
 from .single import Single as Single
@@ -19,7 +20,7 @@ def get(backend: Any) -> Any:
 
     Args:
         backend: `"auto"`, `"cpu"`, `"gpu"` (CUDA, MPS or XPU, whichever is there), a device as torch names it, `"ddp"`,
-            or an instance. `"auto"` is DDP under `torchrun`, else the first that is really usable of CUDA, MPS, XPU and
+            `"fsdp"`, or an instance. `"auto"` is DDP under `torchrun`, else the first that is really usable of CUDA, MPS, XPU and
             CPU.
     Raises:
         ValueError: an unknown name, or a device that is not there.
@@ -36,6 +37,8 @@ def get(backend: Any) -> Any:
         )
     if backend == "ddp" or (backend == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1):
         return DDP()
+    if backend == "fsdp":
+        return FSDP()
     if backend == "auto":
         return Single(first_usable(["cuda", "mps", "xpu", "cpu"]))
     if backend == "gpu":
@@ -44,5 +47,5 @@ def get(backend: Any) -> Any:
         return Single(torch.device(backend))
     except RuntimeError as error:
         raise ValueError(
-            f'backend={backend!r} is not known. Give "auto", "cpu", "gpu", "ddp", or a device such as "cuda:1".'
+            f'backend={backend!r} is not known. Give "auto", "cpu", "gpu", "ddp", "fsdp", or a device such as "cuda:1".'
         ) from error

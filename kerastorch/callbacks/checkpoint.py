@@ -429,7 +429,7 @@ class ModelCheckpoint(Monitoring):
         if self._thread is None:
             return self.model.save_weights if self.save_weights_only else self.model.save
         if self.save_weights_only:
-            state, write_state = self.model.module.state_dict(), write_weights
+            state, write_state = self.model.backend.whole(self.model.module.state_dict()), write_weights
         else:
             state, write_state = state_of(self.model, self.model._callbacks), write
         if self.model.backend.rank > 0:  # in its place: that it is there is all that anybody asks of it
