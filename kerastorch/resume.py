@@ -228,7 +228,8 @@ def find_saved(resume: Any, callbacks: Sequence[Any], run: Run) -> tuple[dict[st
     if saved is not None:
         refuse_incomplete(*saved)
         run.refuse_other(*saved)
-        restore_callbacks(callbacks, saved[0])
+        states = run.model.backend.parted(saved[0]["callbacks"], run.model.module)
+        restore_callbacks(callbacks, saved[0] | {"callbacks": states})
     return saved
 
 

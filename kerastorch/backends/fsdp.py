@@ -26,6 +26,7 @@ from .owners import Owners
 
 AUTO_PARAMETERS = 100_000  # a layer with fewer is gathered with what is around it
 LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+FUSED_IN_PARTS = (torch.optim.Adam, torch.optim.AdamW)  # torch has other fused kernels for whole tensors alone
 SHARDS = ("parameters", "optimizer")
 
 
@@ -86,6 +87,7 @@ class FSDP(DDP):
         self.wrap, self.shard, self.offload = wrap, shard, offload
         self._options = {"mp_policy": _mixed(precision)}
         self._roots: list[nn.Module] = []
+        self._dtypes: list[torch.dtype] | None = None
         self._owners: Owners | None = None
         super().__init__(devices, num_nodes, weights=weights, timeout_s=timeout_s, max_restarts=max_restarts)
         if offload and self.is_joined and self.device.type == "cpu":
@@ -109,7 +111,7 @@ class FSDP(DDP):
         if not any(map(_is_part, module.parameters())):
             self._send_from_first([*module.parameters(), *module.buffers()])
             self._shard(module)
-        self._roots = _roots(module)
+        self._roots, self._dtypes = _roots(module), None
         return module.to(self.device) if not self.offload else module
 
     def _shard(self, module: nn.Module) -> None:
@@ -130,12 +132,23 @@ class FSDP(DDP):
 
     @contextmanager
     def running(self, module: nn.Module) -> Iterator[None]:
-        from torch.distributed.fsdp import fully_shard
-
-        for root in self._roots:  # else a part of it that is called by itself first would take itself for the root
-            fully_shard.state(root)._lazy_init()
+        self._begin()
         with super().running(module):
             yield
+
+    def _begin(self) -> None:
+        """Before the first forward pass, which torch makes plans for."""
+        from torch.distributed.fsdp import fully_shard
+
+        dtypes = [one.dtype for root in self._roots for one in root.parameters()]
+        if self._dtypes is not None and dtypes != self._dtypes:
+            raise ValueError(
+                f"the module's parameters were {_named(self._dtypes)} and are {_named(dtypes)}, which FSDP cannot change "
+                f"once the module has run. Make it anew, and compile with the other precision from the beginning."
+            )
+        self._dtypes = dtypes
+        for root in self._roots:  # else a part of it that is called by itself first would take itself for the root
+            fully_shard.state(root)._lazy_init()
 
     def alone(self, function: Callable) -> Callable:
         run = super().alone(function)
@@ -177,6 +190,10 @@ class FSDP(DDP):
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("LBFGS needs all parameters as one, and no process has them. Give DDP, or another optimizer.")
+        if self._has_parts and not isinstance(optimizer, FUSED_IN_PARTS):
+            for group in optimizer.param_groups:
+                if group.get("fused"):
+                    group.update(fused=False, foreach=True)
         if self.is_joined and self.shard == "optimizer":
             self._owners = self._owners or Owners(self.rank, self.world)
             self._owners.adopt(optimizer)
@@ -194,13 +211,11 @@ class FSDP(DDP):
             return made
         return type(tree)(map(self.whole, tree)) if isinstance(tree, (list, tuple)) else tree
 
+    def parted(self, tree: Any, module: nn.Module) -> Any:
+        return _parted(tree, module.state_dict(keep_vars=True)) if self._has_parts else tree
+
     def load(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        own = module.state_dict(keep_vars=True) if self._has_parts else {}
-        parted = copy.copy(weights)
-        for name, tensor in own.items():
-            if name in weights:
-                parted[name] = _part_of(weights[name], tensor)
-        super().load(module, parted)
+        super().load(module, self.parted(weights, module))
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         state = self.whole(optimizer.state_dict())
@@ -275,6 +290,20 @@ def _part_of(value: Any, like: Tensor) -> Any:
     # Each process has it, and cuts its part out of it.
     parts = distribute_tensor(value.detach().to(mesh.device_type), mesh, placements, src_data_rank=None)
     return parts.to(like.device)
+
+
+def _parted(tree: Any, named: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        made = copy.copy(tree)
+        for key, value in tree.items():
+            is_named = isinstance(value, Tensor) and key in named and value.shape == named[key].shape
+            made[key] = _part_of(value, named[key]) if is_named else _parted(value, named)
+        return made
+    return type(tree)(_parted(one, named) for one in tree) if isinstance(tree, (list, tuple)) else tree
+
+
+def _named(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted({str(one) for one in dtypes}))
 
 
 def _on_host(tree: Any) -> Any:

@@ -150,6 +150,10 @@ class Single:
         """Nested containers with whole tensors where processes hold parts of one; all of them must ask."""
         return tree
 
+    def parted(self, tree: Any, module: nn.Module) -> Any:
+        """What `whole` returned, with parts again of what has the name of a tensor of the module."""
+        return tree
+
     def load(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Puts whole tensors into the module, by name."""
         module.load_state_dict(weights, strict=False)
