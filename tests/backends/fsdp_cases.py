@@ -232,7 +232,7 @@ def going_on_model(backend):
     kt.set_seed(3)
     model = kt.Model(TwoHeads(), backend=backend(wrap=["digit"]))
     losses = ["cross_entropy", ("cross_entropy", 0.5)]
-    return model.compile("adamw", losses, metrics=["accuracy"], lr=1e-2, clip=0.5, schedule="cosine")
+    return model.compile("adamw", losses, metrics=[["accuracy"], ["accuracy"]], lr=1e-2, clip=0.5, schedule="cosine")
 
 
 def going_on_data():
