@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from . import backends, checkpoint, checks, limits, loop, optimizers, preflight, scopes
+from . import backends, checkpoint, checks, folders, limits, loop, optimizers, preflight, scopes
 from . import export as exporting
 from . import losses as named_losses
 from . import metrics as named_metrics
@@ -635,7 +635,7 @@ class Model:
 
         Source: `skip_mismatch`: Keras, `Model.load_weights`.
         """
-        weights = checkpoint.read_weights(path)
+        weights = folders.read(path)["module"] if folders.is_folder(path) else checkpoint.read_weights(path)
         differences = refuse_unlike(self.module, weights, repr(str(path)), strict, skip_mismatch)
         for name in reshaped_of(self.module, weights):
             del weights[name]
@@ -648,12 +648,18 @@ class Model:
         """Writes all of the state: weights, optimizers, schedules, loss scale, history and the callbacks of the run.
 
         Args:
-            path: Where to, such as `"run.pt"`. Folders above it are made.
+            path: Where to, such as `"run.pt"`. Folders above it are made. With the ending `.dcp` it is a folder, where
+                each process of FSDP writes what it holds, and no process needs memory for all.
         Raises:
             ValueError: an ending of other files.
             TypeError: something in the state is neither a tensor nor plain data.
             OSError: it cannot be written; a file that was there is as it was.
         """
+        if folders.is_folder(path):
+            with self.backend.apart(folders.mark) as parts:
+                state = state_of(self, self._callbacks)
+            folders.write(path, state, parts, self.backend)
+            return
         checkpoint.refuse_ending(path, is_weights=False)
         self._write(checkpoint.write, path, state_of(self, self._callbacks))
 
@@ -685,7 +691,7 @@ class Model:
                 such.
             OSError: there is no such file.
         """
-        saved = checkpoint.read(path)
+        saved = folders.read(path)
         if saved.get("optimizers"):
             self._refuse_uncompiled("load")
         restore(self, saved, repr(str(path)))

@@ -14,6 +14,7 @@ from typing import Any
 
 from .accumulation import merged_parked, merged_windows
 from .checkpoint import read
+from .folders import read as read_any
 from .passes import Passes
 from .position import Position
 from .seeding import Generator, random_state, set_random_state
@@ -235,7 +236,7 @@ def find_saved(resume: Any, callbacks: Sequence[Any], run: Run) -> tuple[dict[st
 
 def _found(resume: Any, callbacks: Sequence[Any], collect: Callable) -> tuple[dict[str, Any], str] | None:
     if isinstance(resume, (str, os.PathLike)):
-        return read(resume), repr(str(resume))
+        return read_any(resume), repr(str(resume))
     if resume is False:
         return None
     if resume is not None and resume is not True:

@@ -32,7 +32,7 @@ BELOW = {
     "arguments": {"structures", "tensors"},
     "model": {
         "arguments", "backends", "callbacks.base", "callbacks.debugging", "callbacks.progress", "checkpoint", "checks",
-        "compilation", "computation", "data", "export", "history", "launching", "limits", "loop", "losses", "metrics",
+        "compilation", "computation", "data", "export", "folders", "history", "launching", "limits", "loop", "losses", "metrics",
         "microbatch", "optimizers", "overrides", "passes", "patterns", "position", "precision", "preflight", "resume",
         "samples", "scopes", "seeding", "state", "step", "structures", "summary", "tbptt", "tensors", "tracker",
     },
@@ -47,7 +47,8 @@ BELOW = {
     "loop": {"faults", "history", "limits", "position", "step", "structures"},
     "position": set(),
     "passes": {"data", "limits", "position", "seeding", "structures"},
-    "resume": {"accumulation", "checkpoint", "passes", "position", "seeding", "state", "step"},
+    "folders": {"checkpoint", "kinds", "writing"},
+    "resume": {"accumulation", "checkpoint", "folders", "passes", "position", "seeding", "state", "step"},
     "samples": {"seeding"},
     "scopes": {"overrides", "precision", "seeding", "state", "step"},
     "limits": {"callbacks.base", "checks", "durations"},

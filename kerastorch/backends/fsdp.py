@@ -87,6 +87,8 @@ class FSDP(DDP):
         self.wrap, self.shard, self.offload = wrap, shard, offload
         self._options = {"mp_policy": _mixed(precision)}
         self._roots: list[nn.Module] = []
+        self._mark: Callable[[str, Tensor], Any] | None = None
+        self._marks: dict[str, Tensor] = {}
         self._dtypes: list[torch.dtype] | None = None
         self._owners: Owners | None = None
         super().__init__(devices, num_nodes, weights=weights, timeout_s=timeout_s, max_restarts=max_restarts)
@@ -204,12 +206,25 @@ class FSDP(DDP):
         if not self._has_parts:
             return tree
         if _is_part(tree):
-            return tree.detach().full_tensor().cpu()
+            return self._marked(tree.detach()) if self._mark else tree.detach().full_tensor().cpu()
         if isinstance(tree, dict):
             made = copy.copy(tree)  # with the versions of its layers, which a module's state has
             made.update({key: self.whole(value) for key, value in tree.items()})
             return made
         return type(tree)(map(self.whole, tree)) if isinstance(tree, (list, tuple)) else tree
+
+    @contextmanager
+    def apart(self, mark: Callable[[str, Tensor], Any]) -> Iterator[dict[str, Tensor]]:
+        self._mark, self._marks = mark, {}
+        try:
+            yield self._marks
+        finally:
+            self._mark = None
+
+    def _marked(self, part: Tensor) -> Any:
+        name = f"part-{len(self._marks)}"
+        self._marks[name] = part
+        return self._mark(name, part)
 
     def parted(self, tree: Any, module: nn.Module) -> Any:
         return _parted(tree, module.state_dict(keep_vars=True)) if self._has_parts else tree
@@ -241,7 +256,7 @@ class FSDP(DDP):
         """Those of parts are means over all processes: whole, they are the sum, which the first one has for all."""
         if not self._has_parts:
             return gradients
-        whole = [self.whole(one) if _is_part(one) else None for one in gradients]
+        whole = [one.detach().full_tensor().cpu() if _is_part(one) else None for one in gradients]
         of_parts = [one * self.world if one is not None and self.rank == 0 else None for one in whole]
         return [part if _is_part(one) else one for part, one in zip(of_parts, gradients, strict=True)]
 

@@ -13,7 +13,7 @@ What is saved: `whole` and `optimizer_state` are the state of all processes, as 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -149,6 +149,11 @@ class Single:
     def whole(self, tree: Any) -> Any:
         """Nested containers with whole tensors where processes hold parts of one; all of them must ask."""
         return tree
+
+    @contextmanager
+    def apart(self, mark: Callable[[str, Tensor], Any]) -> Iterator[dict[str, Tensor]]:
+        """Meanwhile `whole` leaves parts as they are: they get into a dict by names, and marks into their places."""
+        yield {}
 
     def parted(self, tree: Any, module: nn.Module) -> Any:
         """What `whole` returned, with parts again of what has the name of a tensor of the module."""

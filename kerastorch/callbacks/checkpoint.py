@@ -530,6 +530,11 @@ class ModelCheckpoint(Monitoring):
 
     def _refuse_paths(self) -> None:
         refuse_ending(self.filepath, is_weights=self.save_weights_only)
+        if self.filepath.endswith(".dcp"):
+            raise ValueError(
+                f"filepath={self.filepath!r} ends as folders do, and ModelCheckpoint writes files. Give it another "
+                f"ending, or call model.save with that path."
+            )
         if self.save_weights_only and self._name.suffix not in WEIGHTS:
             raise ValueError(
                 f"filepath={self.filepath!r} does not end in {WEIGHTS[0]!r}, as files of save_weights_only=True do. "
