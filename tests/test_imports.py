@@ -91,7 +91,7 @@ BELOW = {
     "preflight.hints": {"data", "optimizers", "preflight.findings", "step", "structures", "tensors"},
     "backends.__init__": {"backends.ddp", "backends.fsdp", "backends.single"},
     "backends.ddp": {"backends.batchnorm", "backends.launch", "backends.ranks"},
-    "backends.fsdp": {"backends.ddp", "backends.owners"},
+    "backends.fsdp": {"backends.ddp", "backends.owners", "backends.ranks"},
     "backends.owners": {"backends.ddp"},
     "backends.batchnorm": set(),
     "backends.launch": set(),

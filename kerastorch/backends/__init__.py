@@ -20,8 +20,8 @@ def get(backend: Any) -> Any:
 
     Args:
         backend: `"auto"`, `"cpu"`, `"gpu"` (CUDA, MPS or XPU, whichever is there), a device as torch names it, `"ddp"`,
-            `"fsdp"`, or an instance. `"auto"` is DDP under `torchrun`, else the first that is really usable of CUDA, MPS, XPU and
-            CPU.
+            `"fsdp"`, or an instance. `"auto"` is DDP under `torchrun`, else the first that is really usable of CUDA,
+            MPS, XPU and CPU.
     Raises:
         ValueError: an unknown name, or a device that is not there.
         TypeError: something else than a name or a backend.

@@ -23,10 +23,14 @@ from torch.nn.parameter import is_lazy
 
 from .ddp import DDP
 from .owners import Owners
+from .ranks import GPUS
 
 AUTO_PARAMETERS = 100_000  # a layer with fewer is gathered with what is around it
 LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-FUSED_IN_PARTS = (torch.optim.Adam, torch.optim.AdamW)  # torch has other fused kernels for whole tensors alone
+# Of these torch's fused kernels take parts; others, and Rprop's for many tensors, take whole ones alone.
+FUSED_IN_PARTS = (torch.optim.Adam, torch.optim.AdamW)
+NOT_SHARED_OUT = (torch.optim.LBFGS,)  # all parameters are one vector
+NOT_IN_PARTS = (torch.optim.Adafactor,)  # means over rows and columns
 SHARDS = ("parameters", "optimizer")
 
 
@@ -83,6 +87,8 @@ class FSDP(DDP):
                 "shard='optimizer' leaves the parameters whole, and wrap, precision and offload are about parts of "
                 "them. Leave these out, or give shard='parameters'."
             )
+        if not isinstance(offload, bool):
+            raise ValueError(f"offload={offload!r} is neither True nor False. Give one of them.")
         _refuse_no_wrap(wrap)
         self.wrap, self.shard, self.offload = wrap, shard, offload
         self._options = {"mp_policy": _mixed(precision)}
@@ -92,8 +98,10 @@ class FSDP(DDP):
         self._dtypes: list[torch.dtype] | None = None
         self._owners: Owners | None = None
         super().__init__(devices, num_nodes, weights=weights, timeout_s=timeout_s, max_restarts=max_restarts)
-        if offload and self.is_joined and self.device.type == "cpu":
-            raise ValueError("offload=True keeps parts in the memory of the host, where they are on a CPU. Leave it out.")
+        if offload and not any(torch.get_device_module(kind).device_count() for kind in GPUS):
+            raise ValueError(
+                "offload=True keeps parts in the memory of the host, where they are on a CPU. Leave it out."
+            )
 
     @property
     def _has_parts(self) -> bool:
@@ -190,12 +198,19 @@ class FSDP(DDP):
             super()._wrap(has_all)
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError("LBFGS needs all parameters as one, and no process has them. Give DDP, or another optimizer.")
-        if self._has_parts and not isinstance(optimizer, FUSED_IN_PARTS):
-            for group in optimizer.param_groups:
-                if group.get("fused"):
-                    group.update(fused=False, foreach=True)
+        name = type(optimizer).__name__
+        if isinstance(optimizer, NOT_SHARED_OUT) or (
+            isinstance(optimizer, NOT_IN_PARTS) and self.shard == "parameters"
+        ):
+            raise ValueError(
+                f"{name} looks at more at once than a process has with FSDP(shard={self.shard!r}). Give backend=DDP(), "
+                f"or another optimizer."
+            )
+        for group in optimizer.param_groups if self._has_parts else ():
+            if group.get("fused") and not isinstance(optimizer, FUSED_IN_PARTS):
+                group.update(fused=False, foreach=True)
+            if isinstance(optimizer, torch.optim.Rprop):
+                group["foreach"] = False
         if self.is_joined and self.shard == "optimizer":
             self._owners = self._owners or Owners(self.rank, self.world)
             self._owners.adopt(optimizer)
@@ -260,9 +275,7 @@ class FSDP(DDP):
         of_parts = [one * self.world if one is not None and self.rank == 0 else None for one in whole]
         return [part if _is_part(one) else one for part, one in zip(of_parts, gradients, strict=True)]
 
-    def taken_up(
-        self, gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]
-    ) -> list[Tensor | None]:
+    def taken_up(self, gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         own = super().taken_up(gradients, parameters)
         if not self._has_parts:
             return own

@@ -178,9 +178,7 @@ class Single:
         """Gradients of steps to come, to be saved: whole tensors, whose sum over the processes counts."""
         return gradients
 
-    def taken_up(
-        self, gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]
-    ) -> list[Tensor | None]:
+    def taken_up(self, gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """What `gathered` returned, as it was in the parameters."""
         pairs = zip(gradients, parameters, strict=True)
         return [gradient if gradient is None else gradient.to(parameter.device) for gradient, parameter in pairs]

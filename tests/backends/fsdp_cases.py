@@ -276,11 +276,58 @@ def gone_on_from_folder(backend):
     return gone_on(backend, "*.dcp")
 
 
-def gone_on(backend, pattern="*-*.pt"):
+def gone_on(backend, pattern="[0-9]-*.pt"):
     model = going_on_model(backend)
-    (file,) = [one for one in Path(os.environ["FOLDER"]).glob(pattern)]
+    (file,) = list(Path(os.environ["FOLDER"]).glob(pattern))
     history = model.fit(*going_on_data(), callbacks=[kt.callbacks.EMA(0.9)], resume=str(file), **GOING_ON)
     return shown(model, history)
+
+
+def held(backend):
+    """How many numbers a rank holds."""
+    x, y = digits(101)
+    model = kt.Model(mlp(), backend=backend(wrap=nn.Linear)).compile("adamw", "cross_entropy")
+    model.fit(x, y, verbose=0)
+    local = lambda one: one.to_local() if hasattr(one, "to_local") else one  # noqa: E731
+    states = [value for state in model.optimizer.state.values() for value in state.values() if value.ndim]
+    return {
+        "whole": sum(one.numel() for one in model.module.parameters()),
+        "parameters": sum(local(one).numel() for one in model.module.parameters()),
+        "state": sum(local(one).numel() for one in states),
+    }
+
+
+def after_failure(backend):
+    x, y = digits(101)
+    kt.set_seed(3)
+    model = kt.Model(mlp(), backend=backend(wrap=None)).compile("adamw", "cross_entropy")
+    return model.fit(x, y, verbose=0).history["loss"]
+
+
+def refused(backend):
+    """What is said of each thing that cannot be; and a run after all of them."""
+    x, y = digits(101)
+
+    def recast():
+        model = kt.Model(mlp(), backend=backend()).compile("sgd", "cross_entropy")
+        model.fit(x, y, verbose=0)
+        model.compile("sgd", "cross_entropy", precision="64").fit(x, y, verbose=0)
+
+    tried = {
+        "lazy": lambda: kt.Model(nn.LazyLinear(3), backend=backend()),
+        "lbfgs": lambda: kt.Model(mlp(), backend=backend()).compile("lbfgs", "cross_entropy"),
+        "adafactor": lambda: kt.Model(mlp(), backend=backend()).compile("adafactor", "cross_entropy"),
+        "bypassed": lambda: Halves(mlp(), backend=backend()).compile("sgd", "cross_entropy").fit(x, y, verbose=0),
+        "recast": recast,
+        "checkpoint": lambda: kt.callbacks.ModelCheckpoint("run.dcp"),
+    }
+    said = {}
+    for name, function in tried.items():
+        try:
+            function()
+        except (RuntimeError, ValueError) as error:
+            said[name] = str(error)
+    return said | {"after": after_failure(backend)}
 
 
 CASES = {name: one for name, one in globals().items() if callable(one) and getattr(one, "__code__", None)}
