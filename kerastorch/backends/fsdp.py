@@ -30,7 +30,7 @@ LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Of these torch's fused kernels take parts; others, and Rprop's for many tensors, take whole ones alone.
 FUSED_IN_PARTS = (torch.optim.Adam, torch.optim.AdamW)
 NOT_SHARED_OUT = (torch.optim.LBFGS,)  # all parameters are one vector
-NOT_IN_PARTS = (torch.optim.Adafactor,)  # means over rows and columns
+NOT_IN_PARTS = (*NOT_SHARED_OUT, torch.optim.Adafactor)  # which has means over rows and columns
 SHARDS = ("parameters", "optimizer")
 
 
@@ -100,7 +100,7 @@ class FSDP(DDP):
         super().__init__(devices, num_nodes, weights=weights, timeout_s=timeout_s, max_restarts=max_restarts)
         if offload and not any(torch.get_device_module(kind).device_count() for kind in GPUS):
             raise ValueError(
-                "offload=True keeps parts in the memory of the host, where they are on a CPU. Leave it out."
+                "offload=True keeps parts in the memory of the host, where they are without a GPU. Leave it out."
             )
 
     @property
@@ -153,8 +153,8 @@ class FSDP(DDP):
         dtypes = [one.dtype for root in self._roots for one in root.parameters()]
         if self._dtypes is not None and dtypes != self._dtypes:
             raise ValueError(
-                f"the module's parameters were {_named(self._dtypes)} and are {_named(dtypes)}, which FSDP cannot change "
-                f"once the module has run. Make it anew, and compile with the other precision from the beginning."
+                f"the module's parameters were {_named(self._dtypes)} and are {_named(dtypes)}, which FSDP cannot "
+                f"change once the module has run. Make it anew, and compile it so from the beginning."
             )
         self._dtypes = dtypes
         for root in self._roots:  # else a part of it that is called by itself first would take itself for the root
@@ -199,9 +199,7 @@ class FSDP(DDP):
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         name = type(optimizer).__name__
-        if isinstance(optimizer, NOT_SHARED_OUT) or (
-            isinstance(optimizer, NOT_IN_PARTS) and self.shard == "parameters"
-        ):
+        if isinstance(optimizer, NOT_SHARED_OUT if self.shard == "optimizer" else NOT_IN_PARTS):
             raise ValueError(
                 f"{name} looks at more at once than a process has with FSDP(shard={self.shard!r}). Give backend=DDP(), "
                 f"or another optimizer."
