@@ -33,8 +33,8 @@ BELOW = {
     "model": {
         "arguments", "backends", "callbacks.base", "callbacks.debugging", "callbacks.progress", "checkpoint", "checks",
         "compilation", "computation", "data", "export", "folders", "history", "launching", "limits", "loop", "losses",
-        "metrics", "microbatch", "optimizers", "overrides", "passes", "patterns", "position", "precision", "preflight", "resume",
-        "samples", "scopes", "seeding", "state", "step", "structures", "summary", "tbptt", "tensors", "tracker",
+        "metrics", "microbatch", "optimizers", "overrides", "passes", "patterns", "position", "precision", "preflight",
+        "resume", "samples", "scopes", "seeding", "state", "step", "structures", "summary", "tbptt", "tensors", "tracker",
     },
     "launching": {"callbacks.base", "state"},
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
