@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -49,7 +49,7 @@ class Compiled:
     def __init__(
         self,
         module: nn.Module,
-        device: torch.device,
+        backend: Any,
         *,
         optimizer: Any,
         loss: Any,
@@ -60,7 +60,8 @@ class Compiled:
         jit: bool | str,
         tbptt_steps: int | None,
     ) -> None:
-        self.module, self.device = module, device
+        self.module, self.backend, self.device = module, backend, backend.device
+        device = self.device
         self.precision = precisions.get(precision, device)
         chosen_loss = losses.get(loss)
         self.has_own_loss = chosen_loss is None
@@ -179,6 +180,7 @@ class Compiled:
         updates: dict[str, Update] = {}
         for name, make in self._makers.items():
             optimizer = make(self.module, self._parameters_for(name))
+            self.backend.adopt(optimizer)
             parameters = tuple(parameter for group in optimizer.param_groups for parameter in group["params"])
             chosen = self._schedules[name]
             schedule = None if chosen is None else schedules.Running(chosen, optimizer)
@@ -276,5 +278,13 @@ def _clipper(clip: Any) -> Callable[..., Any] | None:
             f"('value', 0.5)."
         )
     if kind == "norm":
-        return partial(nn.utils.clip_grad_norm_, max_norm=float(bound))
+        return partial(_clip_norm, max_norm=float(bound))
     return partial(nn.utils.clip_grad_value_, clip_value=float(bound))
+
+
+def _clip_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_`, with a norm that is whole where gradients are parts."""
+    norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from . import backends, checkpoint, checks, limits, loop, optimizers, preflight, scopes
+from . import backends, checkpoint, checks, folders, limits, loop, optimizers, preflight, scopes
 from . import export as exporting
 from . import losses as named_losses
 from . import metrics as named_metrics
@@ -189,7 +189,7 @@ class Model:
             "jit": jit,
             "tbptt_steps": tbptt_steps,
         }
-        compiled = Compiled(self.module, self.backend.device, **options)
+        compiled = Compiled(self.module, self.backend, **options)
         checks.refuse_combinations(compiled, jit, self._overrides("train_step"), self._overrides("compute_loss"))
         chosen_metrics = named_metrics.get(metrics, None if compiled.has_own_loss else compiled.loss, weighted_metrics)
         # A lazy module has no parameters yet, and a module without any can still be evaluated.
@@ -616,7 +616,7 @@ class Model:
             True
         """
         checkpoint.refuse_ending(path, is_weights=True)
-        self._write(checkpoint.write_weights, path, self.module.state_dict())
+        self._write(checkpoint.write_weights, path, self.backend.whole(self.module.state_dict()))
 
     def load_weights(self, path: str | os.PathLike, *, strict: bool = True, skip_mismatch: bool = False) -> Model:
         """Puts weights into the module; optimizer and all else stay as they are.
@@ -637,11 +637,11 @@ class Model:
 
         Source: `skip_mismatch`: Keras, `Model.load_weights`.
         """
-        weights = checkpoint.read_weights(path)
+        weights = folders.read(path)["module"] if folders.is_folder(path) else checkpoint.read_weights(path)
         differences = refuse_unlike(self.module, weights, repr(str(path)), strict, skip_mismatch)
         for name in reshaped_of(self.module, weights):
             del weights[name]
-        self.module.load_state_dict(weights, strict=False)
+        self.backend.load(self.module, weights)
         if differences:
             warnings.warn(f"{str(path)!r} was loaded but for what is {'; '.join(differences)}.", stacklevel=2)
         return self
@@ -650,12 +650,18 @@ class Model:
         """Writes all of the state: weights, optimizers, schedules, loss scale, history and the callbacks of the run.
 
         Args:
-            path: Where to, such as `"run.pt"`. Folders above it are made.
+            path: Where to, such as `"run.pt"`. Folders above it are made. With the ending `.dcp` it is a folder, where
+                each process of FSDP writes what it holds, and no process needs memory for all.
         Raises:
             ValueError: an ending of other files.
             TypeError: something in the state is neither a tensor nor plain data.
             OSError: it cannot be written; a file that was there is as it was.
         """
+        if folders.is_folder(path):
+            with self.backend.apart(folders.mark) as parts:
+                state = state_of(self, self._callbacks)
+            folders.write(path, state, parts, self.backend)
+            return
         checkpoint.refuse_ending(path, is_weights=False)
         self._write(checkpoint.write, path, state_of(self, self._callbacks))
 
@@ -687,7 +693,7 @@ class Model:
                 such.
             OSError: there is no such file.
         """
-        saved = checkpoint.read(path)
+        saved = folders.read(path)
         if saved.get("optimizers"):
             self._refuse_uncompiled("load")
         restore(self, saved, repr(str(path)))
@@ -944,7 +950,8 @@ class Model:
 
     def get_weights(self) -> list[np.ndarray]:
         """Copies of all parameters and buffers as numpy arrays, in the order of `module.state_dict()`."""
-        return [to_numpy(tensor.detach().cpu()).copy() for tensor in self.module.state_dict().values()]
+        state = self.backend.whole(self.module.state_dict())
+        return [to_numpy(tensor.detach().cpu()).copy() for tensor in state.values()]
 
     def set_weights(self, weights: list[np.ndarray]) -> None:
         """Puts back what `get_weights` returned.
@@ -957,7 +964,8 @@ class Model:
             raise ValueError(
                 f"weights has {len(weights)} arrays, expected {len(state)}, one for each of {list(state)}."
             )
-        self.module.load_state_dict({name: torch.as_tensor(array) for name, array in zip(state, weights, strict=True)})
+        named = {name: torch.as_tensor(array) for name, array in zip(state, weights, strict=True)}
+        self.backend.load(self.module, named)
 
     # From arguments to what the loop takes.
 

@@ -132,7 +132,7 @@ class DDP(Ranks):
         for parameter in averaged:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([one.grad for one in averaged]):
+        for bucket in buckets([one.grad for one in averaged]):
             _average(bucket, self.world)
         if self._module is not None and self._wrapped is None:
             self._wrap(all(has_gradient))
@@ -156,7 +156,7 @@ class DDP(Ranks):
         )
 
 
-def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
     """Gradients to be sent at once: of one dtype, and not more than is good for the memory; a sparse one by itself."""
     bucket: list[Tensor] = []
     for gradient in gradients:

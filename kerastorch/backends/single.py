@@ -5,12 +5,15 @@ Where it runs: `place` puts the module there, once; `hold` says where data that 
 holds during a run, `network` what training calls for the module, `expected` and `counts` what a mean over the part is
 worth, `average` what becomes of its gradients; `sum`, `mean`, `gather` and `collect` bring together what each process
 has, and `agree` ends a run for all at once. The loop and the step ask a backend for nothing else.
+
+What is saved: `whole` and `optimizer_state` are the state of all processes, as one process would have it, `load` and
+`load_optimizer` put it back; `gathered` and `taken_up` do so for gradients of a step that is still to come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -157,6 +160,45 @@ class Single:
     def agree(self, wishes: list[bool], now: bool) -> list[bool]:
         """Which of several wishes any process has; where they need not be known `now`, nobody waits for the others."""
         return wishes
+
+    # What is saved, of which each of several processes may hold a part.
+
+    def whole(self, tree: Any) -> Any:
+        """Nested containers with whole tensors where processes hold parts of one; all of them must ask."""
+        return tree
+
+    @contextmanager
+    def apart(self, mark: Callable[[str, Tensor], Any]) -> Iterator[dict[str, Tensor]]:
+        """Meanwhile `whole` leaves parts as they are: they get into a dict by names, and marks into their places."""
+        yield {}
+
+    def parted(self, tree: Any, module: nn.Module) -> Any:
+        """What `whole` returned, with parts again of what has the name of a tensor of the module."""
+        return tree
+
+    def load(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Puts whole tensors into the module, by name."""
+        module.load_state_dict(weights, strict=False)
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called with each optimizer once it is made: has it step on this process's part."""
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Its `state_dict`, of whole tensors; all processes must ask."""
+        return optimizer.state_dict()
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Puts back what `optimizer_state` returned."""
+        optimizer.load_state_dict(state)
+
+    def gathered(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of steps to come, to be saved: whole tensors, whose sum over the processes counts."""
+        return gradients
+
+    def taken_up(self, gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """What `gathered` returned, as it was in the parameters."""
+        pairs = zip(gradients, parameters, strict=True)
+        return [gradient if gradient is None else gradient.to(parameter.device) for gradient, parameter in pairs]
 
     def _copied_ahead(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Copies the next batch on a stream of its own while the device works on this one."""
