@@ -279,8 +279,9 @@ def world():
     }  # fmt: skip
     libraries = {"kt": kt, "torch": torch, "nn": nn, "torchmetrics": torchmetrics, "partial": functools.partial}
     callbacks = {name: getattr(kt.callbacks, name) for name in public_classes(kt.callbacks) if name != "Callback"}
+    backends = {name: getattr(kt.backends, name) for name in public_classes(kt.backends)}
     own = {"model": model, "callback": callback, "self": Either(model, callback), "DataLoader": DataLoader}
-    return vars(builtins) | libraries | own | verbs | overridden | hooks | callbacks | users
+    return vars(builtins) | libraries | own | verbs | overridden | hooks | callbacks | backends | users
 
 
 WORLD = world()
@@ -338,7 +339,7 @@ def is_runnable(code):
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     names -= {argument.arg for node in ast.walk(tree) if isinstance(node, ast.Lambda) for argument in node.args.args}
     root = re.match(r"\w+", code)[0]
-    is_ours = root in {"model", "str", *VERBS, *public_classes(kt.callbacks)}
+    is_ours = root in {"model", "str", *VERBS, *public_classes(kt.callbacks), *public_classes(kt.backends)}
     return is_ours and names <= set(WORLD) and not NOT_RUN & set(re.findall(r"\w+", code))
 
 
@@ -397,10 +398,7 @@ def test_a_row_has_an_answer(row):
 LATER = {
     "BatchSizeFinder": lambda: hasattr(kt.Model, "find_batch_size"),
     "LearningRateFinder": lambda: hasattr(kt.Model, "find_lr"),
-} | dict.fromkeys(
-    ("strategy", "num_nodes", "sync_batchnorm", "use_distributed_sampler", "world_size", "all_gather", "sync_dist"),
-    lambda: public_classes(kt.backends) != ["Single"],
-)
+}
 
 
 @pytest.mark.parametrize("name", LATER)
