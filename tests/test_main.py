@@ -263,13 +263,12 @@ def test_a_torch_without_an_engine_is_told(monkeypatch):
     assert row_of(found, "FSDP")["usable"]
 
 
-def test_deepspeed_is_looked_up_and_not_imported(installed):
-    assert "pip install kerastorch[deepspeed]" in row_of(environment.backends({}), "DeepSpeed")["why"]
-    installed("deepspeed", "raise SystemExit")
-    row = row_of(environment.backends({}), "DeepSpeed")
-    assert row["usable"]
-    assert row["why"].startswith("deepspeed 9.9 is installed. ")
-    assert row_of(environment.versions(), "deepspeed")["version"] == "9.9"
+def test_deepspeed_is_not_there_yet():
+    assert row_of(environment.backends({}), "DeepSpeed") == {
+        "backend": "DeepSpeed",
+        "usable": "no",
+        "why": "not in this version.",
+    }
 
 
 XLA = """

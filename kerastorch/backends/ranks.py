@@ -10,6 +10,7 @@ Random numbers that the data is drawn with are the same on all ranks; those that
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import tempfile
@@ -112,6 +113,7 @@ class Ranks(Single):
             # Ranks that were started again must not find the addresses of those before them.
             store = dist.PrefixStore(f"kerastorch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group(engine, store=store, rank=rank, world_size=world, timeout=limit)
+            atexit.register(_leave)  # else threads of the group may be at work while the process ends
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         # A group of its own: what the hosts tell one another never waits for what the devices do.
         self.hosts = dist.new_group(backend="gloo", timeout=limit)
@@ -324,6 +326,11 @@ class Ranks(Single):
         number = AGREE_S * self._calls / max(now - self._agreed_at, 1e-9)
         self._calls, self._agreed_at = 0, now
         return min(max(int(number), 1), MOST_CALLS)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -48,7 +48,7 @@ def by_two(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [name for name in CASES if "one rank" not in name])
 def test_two_ranks_train_as_one_process(by_two, name):
-    assert_same(by_two[name], {"double": 1e-12, "fp16": 1e-4}.get(name, LARGEST))
+    assert_same(by_two[name], {"double": 1e-12, "fp16": 1e-3}.get(name, LARGEST))
 
 
 def test_a_stop_that_one_rank_asks_for_ends_the_run_of_all_at_that_batch(by_two):
