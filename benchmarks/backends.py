@@ -73,7 +73,7 @@ def result_of(name: str, folder: Path, xla: str | None) -> dict | None:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     devices = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(cores)} if cores else {}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | devices
-    subprocess.run([python, *launcher, __file__, "--run", backend, str(out)], env=environment, check=True, timeout=600)
+    subprocess.run([python, *launcher, __file__, "-", backend, str(out)], env=environment, check=True, timeout=600)
     return torch.load(out, weights_only=True) | {"weights": load_file(out.with_suffix(".safetensors"))}
 
 
@@ -87,14 +87,13 @@ def largest_difference(one: object, other: object) -> float:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["-"]:  # one of the processes that this script starts
+        run(*sys.argv[2:])
+        return
     arguments = argparse.ArgumentParser()
-    arguments.add_argument("--run", nargs=2, help="for the processes that this script starts")
     arguments.add_argument("--xla")
     arguments.add_argument("--write", action="store_true")
     arguments = arguments.parse_args()
-    if arguments.run:
-        run(*arguments.run)
-        return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         first = result_of(next(iter(RUNS)), Path(folder), None)

@@ -266,7 +266,7 @@ def test_a_torch_without_an_engine_is_told(monkeypatch):
 def test_deepspeed_is_not_there_yet():
     assert row_of(environment.backends({}), "DeepSpeed") == {
         "backend": "DeepSpeed",
-        "usable": "no",
+        "usable": False,
         "why": "not in this version.",
     }
 
