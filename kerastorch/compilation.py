@@ -49,7 +49,7 @@ class Compiled:
     def __init__(
         self,
         module: nn.Module,
-        device: torch.device,
+        ranks: Any,
         *,
         optimizer: Any,
         loss: Any,
@@ -60,8 +60,8 @@ class Compiled:
         jit: bool | str,
         tbptt_steps: int | None,
     ) -> None:
-        self.module, self.device = module, device
-        self.precision = precisions.get(precision, device)
+        self.module, self.device = module, ranks.device
+        self.precision = precisions.get(precision, self.device)
         chosen_loss = losses.get(loss)
         self.has_own_loss = chosen_loss is None
         self.loss: Loss | SumOfLosses | OwnLoss = OwnLoss(module) if chosen_loss is None else chosen_loss
@@ -78,11 +78,11 @@ class Compiled:
         chosen = _for_each(named, schedule, "schedule") if not self.is_single else {"": schedule}
         self._makers = {name: optimizers.maker(one, rates[name]) for name, one in named.items()}
         self._schedules = {name: schedules.get(one) for name, one in chosen.items()}
-        self._clip = _clipper(clip)
+        self._clip = _clipper(clip, ranks)
         refuse_unknown_mode(jit)
         self._jit, self.tbptt_steps, self.with_state = jit, tbptt_steps, None
         self.updates: dict[str, Update] = {}
-        self.scaler = torch.amp.GradScaler(device.type) if self.precision.scales_loss else None
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.precision.scales_loss else None
 
     def settle(self, compute_loss: Callable | None, measures: bool) -> None:
         """Puts the function of a step together.
@@ -261,8 +261,8 @@ def _for_each(named: dict[str, Any], given: Any, argument: str) -> dict[str, Any
     return {name: given.get(name) for name in named}
 
 
-def _clipper(clip: Any) -> Callable[..., Any] | None:
-    """What `compile` was given as `clip` -> torch's function that does it, to be called with the parameters."""
+def _clipper(clip: Any, ranks: Any) -> Callable[..., Any] | None:
+    """What `compile` was given as `clip` -> the function that does it, to be called with the parameters."""
     if clip is None:
         return None
     kind, bound = clip if isinstance(clip, (tuple, list)) and len(clip) == 2 else ("norm", clip)
@@ -273,5 +273,5 @@ def _clipper(clip: Any) -> Callable[..., Any] | None:
             f"('value', 0.5)."
         )
     if kind == "norm":
-        return partial(nn.utils.clip_grad_norm_, max_norm=float(bound))
+        return partial(ranks.clip_norm, max_norm=float(bound))
     return partial(nn.utils.clip_grad_value_, clip_value=float(bound))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .ddp import DDP as DDP
+from .pipeline import Pipeline as Pipeline
 from .single import CPU as CPU
 from .single import GPU as GPU
 from .single import Single as Single

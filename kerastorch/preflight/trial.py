@@ -21,7 +21,7 @@ from .. import loop, scopes
 from ..callbacks.base import Callback, hooks_of
 from ..losses import parts_of, warn_of_final_softmax
 from ..precision import LOW
-from ..step import Recipe, Update, forward, open_windows, optimizer_step
+from ..step import Recipe, Update, evaluation_step, forward, open_windows, optimizer_step
 from ..structures import leaves, map_structure
 from ..tracker import Tracker, copies
 from .layers import ROOT, Layers
@@ -146,6 +146,7 @@ class Trial(Seen):
             tracker,
             hooks_of([watch]),
             model.backend,
+            evaluation_step,
             updates=compiled.updates,
             device=model.backend.device,
             frozen=model._frozen,
@@ -225,6 +226,7 @@ class Trial(Seen):
             tracker,
             hooks_of(()),
             model.backend,
+            evaluation_step,
             device=model.backend.device,
         )
         batches = model._batches(self.validation.batches(0), is_evaluated=True)

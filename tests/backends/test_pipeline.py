@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kerastorch.backends.pipeline import Pipeline
+from kerastorch.backends.engine import Engine
 from kerastorch.backends.stages import balanced, bound, split
 
 HERE = Path(__file__).parent
@@ -149,7 +149,7 @@ def test_what_cannot_be_is_refused(two, case, message):
 )
 def test_options_are_checked_at_once(options, error, message):
     with pytest.raises(error, match=message):
-        Pipeline(**options)
+        Engine(**options)
 
 
 def layers(*widths: int) -> nn.Sequential:
