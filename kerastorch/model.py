@@ -1073,7 +1073,8 @@ class Model:
 
     def _step(self, training: Recipe, accumulate: Any = 1, microbatch: int | str | None = None) -> Callable:
         compiled = self._compiled
-        is_pieced, has_closure = microbatch is not None, optimizers.needs_closure(self.optimizer)
+        is_pieced = microbatch is not None
+        has_closure = compiled.is_single and optimizers.needs_closure(self.optimizer)
         checks.refuse_unable(self.backend, ("microbatch", is_pieced), ("an optimizer with a closure", has_closure))
         if self._overrides("train_step"):
             return OwnStep(self.train_step, training, compiled.precision)

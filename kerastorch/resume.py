@@ -145,7 +145,7 @@ class Run:
         return self._merged([one["within_epoch"] for one in ranks])
 
     def _merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
-        """What other processes had of an epoch: rank 0 takes all of it, the others none, where each measures its part."""
+        """What other processes had of an epoch: rank 0 takes all of it; where each measures all, each does."""
         backend = self.model.backend
         is_first = backend.rank == 0 or not backend.measures_parts
         scale = len(states) / (backend.world if backend.measures_parts else 1)
