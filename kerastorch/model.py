@@ -1235,9 +1235,9 @@ class Model:
         checks.refuse_unable(
             self.backend,
             ("precision='16'", compiled.scaler is not None),
-            ("loss=None", compiled.has_own_loss),
             ("an override of compute_loss", self._overrides("compute_loss")),
             ("an override of train_step", self._overrides("train_step")),
+            ("loss=None", compiled.has_own_loss),
             ("tbptt_steps", compiled.tbptt_steps is not None),
             ("jit", jit),
         )

@@ -70,11 +70,12 @@ class Run:
         }
 
     def _of_ranks(self) -> dict[str, Any]:
-        """What each process has for itself: of rank 0, as if it were alone, and of all where there are several."""
+        """What each process has for itself: of rank 0, or who measures all, as if it were alone, and of all others."""
         backend = self.model.backend
         own = {"within_epoch": self._within_epoch() if self.position.batch else None, "backend": backend.state_dict()}
         if not backend.measures_parts:
-            return {"within_epoch": backend.announce(own["within_epoch"]), "ranks": []}
+            of_each = backend.collect(own["backend"]) if backend.world > 1 else []
+            return {"within_epoch": backend.announce(own["within_epoch"]), "ranks": [], "backends": of_each}
         return {"within_epoch": own["within_epoch"], "ranks": backend.collect(own)}
 
     def refuse_other(self, saved: Mapping[str, Any], source: str) -> None:
@@ -137,6 +138,9 @@ class Run:
     def _taken_up(self, run: Mapping[str, Any]) -> dict[str, Any] | None:
         """This process's part of what is known of the epoch: its own, or another one of as many as there are now."""
         backend, ranks = self.model.backend, run.get("ranks") or [{"within_epoch": run["within_epoch"], "backend": {}}]
+        of_each = run.get("backends") or []
+        if len(of_each) == backend.world and not backend.measures_parts:
+            backend.load_state_dict(of_each[backend.rank])
         if len(ranks) == backend.world and (backend.measures_parts or backend.world == 1):
             backend.load_state_dict(ranks[backend.rank]["backend"])
             return ranks[backend.rank]["within_epoch"]
