@@ -177,7 +177,7 @@ class Pipeline(Ranks):
             return alone(recipe, batch)
         window, samples = recipe.window, self.samples_of(batch[0])
         divisors = window and (lambda totals: window.count(totals, samples))
-        criterion = Criterion(recipe, compiled, self._exact)
+        criterion = Criterion(recipe, compiled, samples, self._exact)
         loss = self._started(batch[0], compiled.precision).train(batch, criterion, divisors)
         self._tell(recipe.tracker, loss, samples)
         for hook in recipe.hooks.on_after_backward:
@@ -235,11 +235,13 @@ class Criterion:
     Args:
         recipe: Of the run: its tracker and hooks.
         compiled: Has loss and precision.
+        whole: Samples of the batch.
         exact: The context that losses are computed in, within that of the forward passes.
     """
 
-    def __init__(self, recipe: Any, compiled: Any, exact: Callable[[], AbstractContextManager]) -> None:
+    def __init__(self, recipe: Any, compiled: Any, whole: int, exact: Callable[[], AbstractContextManager]) -> None:
         self.recipe, self.loss, self.precision, self.exact = recipe, compiled.loss, compiled.precision, exact
+        self.whole, self.is_sum = whole, getattr(self.loss, "is_sum", False)
 
     def counts(self, output: Any, target: Any, samples: int) -> dict[Any, Any]:
         """Name -> what the mean of that name is over."""
@@ -250,7 +252,9 @@ class Criterion:
         with self.exact():
             output = _widened(output, self.precision)
             loss = self.loss(output, target, weight)
-        self.recipe.tracker.add(loss, output, target, samples, weight)
+        # A sum is shown as that of a batch, the mean over pieces of what would be the batch's.
+        shown = loss * (self.whole / samples) if self.is_sum else loss
+        self.recipe.tracker.add(shown, output, target, samples, weight)
         for hook in self.recipe.hooks.on_before_backward:
             hook(loss)
         return self.loss.shares(loss, output, (None, target, weight), samples)

@@ -38,7 +38,7 @@ MORE = {
     "best weights restored": {
         "fit": {
             "epochs": 4, "validation_split": 0.3,
-            "callbacks": lambda: [callbacks.EarlyStopping("val_loss", patience=0, mode="max", restore_best_weights=True)],
+            "callbacks": lambda: [callbacks.EarlyStopping(patience=0, mode="max", restore_best_weights=True)],
         },
     },
     "sums": {"compile": SGD | {"loss": nn.CrossEntropyLoss(reduction="sum"), "lr": 1e-3}, "fit": {"accumulate": 2}},
