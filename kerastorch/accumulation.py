@@ -142,7 +142,7 @@ class Window:
             "expected": dict(self._expected),
             "totals": dict(self._totals),
             "own": dict(self._own),
-            "apart": {name: list(gradients) for name, gradients in self._apart.items()},
+            "apart": {name: self.ranks.gathered(gradients) for name, gradients in self._apart.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -152,7 +152,7 @@ class Window:
         device = self.parameters[0].device
         self._totals = {name: _on(device, total) for name, total in state["totals"].items()}
         self._own = {name: _on(device, total) for name, total in state.get("own", {}).items()}
-        self._apart = {name: [_on(device, one) for one in gradients] for name, gradients in state["apart"].items()}
+        self._apart = {name: self.ranks.taken_up(one, self.parameters) for name, one in state["apart"].items()}
 
     def _weighted(self, share: Share, samples: int, of: int) -> Tensor:
         """The loss times its count, over the count expected of a whole window, which keeps fp16 in its range."""
@@ -249,12 +249,12 @@ class Parked:
 
     def state_dict(self) -> dict[str, Any]:
         """What is gathered: tensors and plain data."""
-        return {"gradients": list(self._gradients), "batches": self._batches, "weight": self._weight}
+        gradients = self.ranks.gathered(self._gradients)
+        return {"gradients": gradients, "batches": self._batches, "weight": self._weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state."""
-        pairs = zip(self.parameters, state["gradients"], strict=True)
-        self._gradients = [_on(parameter.device, gradient) for parameter, gradient in pairs]
+        self._gradients = self.ranks.taken_up(state["gradients"], self.parameters)
         self._batches, self._weight = state["batches"], _on(self.parameters[0].device, state["weight"])
 
     def _forget(self) -> None:

@@ -68,6 +68,12 @@ def refuse_accumulation(accumulate: Any, microbatch: Any, tbptt_steps: int | Non
     _refuse_pieces(tbptt_steps, has_own_step, accumulate, microbatch)
 
 
+def refuse_halving(microbatch: Any, device: Any) -> None:
+    """On a TPU memory runs out long after the forward pass that took it."""
+    if microbatch == "auto" and device.type == "xla":
+        raise ValueError("microbatch='auto' cannot find out what fits into a TPU. Give a number of samples.")
+
+
 def is_count(value: Any, least: int = 1) -> bool:
     """Whether it is a whole number from `least` up."""
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= least

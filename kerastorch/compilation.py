@@ -49,7 +49,7 @@ class Compiled:
     def __init__(
         self,
         module: nn.Module,
-        ranks: Any,
+        backend: Any,
         *,
         optimizer: Any,
         loss: Any,
@@ -60,8 +60,9 @@ class Compiled:
         jit: bool | str,
         tbptt_steps: int | None,
     ) -> None:
-        self.module, self.device = module, ranks.device
-        self.precision = precisions.get(precision, self.device)
+        self.module, self.backend, self.device = module, backend, backend.device
+        device = self.device
+        self.precision = precisions.get(precision, device)
         chosen_loss = losses.get(loss)
         self.has_own_loss = chosen_loss is None
         self.loss: Loss | SumOfLosses | OwnLoss = OwnLoss(module) if chosen_loss is None else chosen_loss
@@ -78,11 +79,13 @@ class Compiled:
         chosen = _for_each(named, schedule, "schedule") if not self.is_single else {"": schedule}
         self._makers = {name: optimizers.maker(one, rates[name]) for name, one in named.items()}
         self._schedules = {name: schedules.get(one) for name, one in chosen.items()}
-        self._clip = _clipper(clip, ranks)
+        self._clip = _clipper(clip, backend)
         refuse_unknown_mode(jit)
+        if jit and device.type == "xla":
+            raise ValueError(f"jit={jit!r} is for torch.compile, and XLA compiles each step by itself. Leave jit out.")
         self._jit, self.tbptt_steps, self.with_state = jit, tbptt_steps, None
         self.updates: dict[str, Update] = {}
-        self.scaler = torch.amp.GradScaler(self.device.type) if self.precision.scales_loss else None
+        self.scaler = torch.amp.GradScaler(device.type) if self.precision.scales_loss else None
 
     def settle(self, compute_loss: Callable | None, measures: bool) -> None:
         """Puts the function of a step together.
@@ -177,6 +180,7 @@ class Compiled:
         updates: dict[str, Update] = {}
         for name, make in self._makers.items():
             optimizer = make(self.module, self._parameters_for(name))
+            self.backend.adopt(optimizer)
             parameters = tuple(parameter for group in optimizer.param_groups for parameter in group["params"])
             chosen = self._schedules[name]
             schedule = None if chosen is None else schedules.Running(chosen, optimizer)
@@ -191,8 +195,9 @@ class Compiled:
             )
             self._refuse_shared(name, updates)
             self._warn_of_lost_eps(optimizer)
-            if optimizers.needs_closure(optimizer) and (self.scaler is not None or not self.is_single):
-                what = "precision='16'" if self.scaler is not None else "several optimizers"
+            is_lazy = self.device.type == "xla"  # each reading of a loss would be a program of its own
+            if optimizers.needs_closure(optimizer) and (self.scaler is not None or not self.is_single or is_lazy):
+                what = "precision='16'" if self.scaler is not None else "a TPU" if is_lazy else "several optimizers"
                 raise ValueError(
                     f"{type(optimizer).__name__} evaluates the loss several times a step, which does not go with "
                     f"{what}. Give another optimizer, or precision='bf16' or '32'."
@@ -261,7 +266,7 @@ def _for_each(named: dict[str, Any], given: Any, argument: str) -> dict[str, Any
     return {name: given.get(name) for name in named}
 
 
-def _clipper(clip: Any, ranks: Any) -> Callable[..., Any] | None:
+def _clipper(clip: Any, backend: Any) -> Callable[..., Any] | None:
     """What `compile` was given as `clip` -> the function that does it, to be called with the parameters."""
     if clip is None:
         return None
@@ -273,5 +278,5 @@ def _clipper(clip: Any, ranks: Any) -> Callable[..., Any] | None:
             f"('value', 0.5)."
         )
     if kind == "norm":
-        return partial(ranks.clip_norm, max_norm=float(bound))
+        return partial(backend.clip_norm, max_norm=float(bound))
     return partial(nn.utils.clip_grad_value_, clip_value=float(bound))

@@ -36,7 +36,7 @@ def _in_rank(model: Any, name: str, args: tuple, options: dict[str, Any]) -> dic
         options = options | _going_on(options)
     value = getattr(model, name)(*args, **options)
     trained = [name for name, one in model.module.named_parameters() if one.requires_grad]
-    callbacks = [_kept_of(one) for one in _callbacks_in(options)]
+    callbacks = model.backend.whole([_kept_of(one) for one in _callbacks_in(options)])
     return {
         "value": value,
         "state": state_of(model),

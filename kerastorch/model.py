@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from . import backends, checkpoint, checks, limits, loop, optimizers, preflight, scopes
+from . import backends, checkpoint, checks, folders, limits, loop, optimizers, preflight, scopes
 from . import export as exporting
 from . import losses as named_losses
 from . import metrics as named_metrics
@@ -346,6 +346,7 @@ class Model:
         checks.refuse_no_split(validation_split)
         checks.refuse_class_weight(class_weight)
         checks.refuse_accumulation(accumulate, microbatch, self._compiled.tbptt_steps, self._overrides("train_step"))
+        checks.refuse_halving(microbatch, self.backend.device)
         limits.refuse_no_amounts(steps_per_epoch, validation_steps, sanity_steps, overfit_batches, dry_run)
         checks.refuse_resumed_dry_run(resume, dry_run)
         callbacks = as_list(callbacks)
@@ -618,7 +619,7 @@ class Model:
         """
         checkpoint.refuse_ending(path, is_weights=True)
         self.backend.gather_state()
-        self._write(checkpoint.write_weights, path, self.module.state_dict())
+        self._write(checkpoint.write_weights, path, self.backend.whole(self.module.state_dict()))
 
     def load_weights(self, path: str | os.PathLike, *, strict: bool = True, skip_mismatch: bool = False) -> Model:
         """Puts weights into the module; optimizer and all else stay as they are.
@@ -639,12 +640,12 @@ class Model:
 
         Source: `skip_mismatch`: Keras, `Model.load_weights`.
         """
-        weights = checkpoint.read_weights(path)
+        weights = folders.read(path)["module"] if folders.is_folder(path) else checkpoint.read_weights(path)
         self.backend.gather_state()
         differences = refuse_unlike(self.module, weights, repr(str(path)), strict, skip_mismatch)
         for name in reshaped_of(self.module, weights):
             del weights[name]
-        self.module.load_state_dict(weights, strict=False)
+        self.backend.load(self.module, weights)
         if differences:
             warnings.warn(f"{str(path)!r} was loaded but for what is {'; '.join(differences)}.", stacklevel=2)
         return self
@@ -653,12 +654,18 @@ class Model:
         """Writes all of the state: weights, optimizers, schedules, loss scale, history and the callbacks of the run.
 
         Args:
-            path: Where to, such as `"run.pt"`. Folders above it are made.
+            path: Where to, such as `"run.pt"`. Folders above it are made. With the ending `.dcp` it is a folder, where
+                each process of FSDP writes what it holds, and no process needs memory for all.
         Raises:
             ValueError: an ending of other files.
             TypeError: something in the state is neither a tensor nor plain data.
             OSError: it cannot be written; a file that was there is as it was.
         """
+        if folders.is_folder(path):
+            with self.backend.apart(folders.mark) as parts:
+                state = state_of(self, self._callbacks)
+            folders.write(path, state, parts, self.backend)
+            return
         checkpoint.refuse_ending(path, is_weights=False)
         self._write(checkpoint.write, path, state_of(self, self._callbacks))
 
@@ -690,7 +697,7 @@ class Model:
                 such.
             OSError: there is no such file.
         """
-        saved = checkpoint.read(path)
+        saved = folders.read(path)
         if saved.get("optimizers"):
             self._refuse_uncompiled("load")
         restore(self, saved, repr(str(path)))
@@ -948,7 +955,8 @@ class Model:
     def get_weights(self) -> list[np.ndarray]:
         """Copies of all parameters and buffers as numpy arrays, in the order of `module.state_dict()`."""
         self.backend.gather_state()
-        return [to_numpy(tensor.detach().cpu()).copy() for tensor in self.module.state_dict().values()]
+        state = self.backend.whole(self.module.state_dict())
+        return [to_numpy(tensor.detach().cpu()).copy() for tensor in state.values()]
 
     def set_weights(self, weights: list[np.ndarray]) -> None:
         """Puts back what `get_weights` returned.
@@ -962,7 +970,8 @@ class Model:
             raise ValueError(
                 f"weights has {len(weights)} arrays, expected {len(state)}, one for each of {list(state)}."
             )
-        self.module.load_state_dict({name: torch.as_tensor(array) for name, array in zip(state, weights, strict=True)})
+        named = {name: torch.as_tensor(array) for name, array in zip(state, weights, strict=True)}
+        self.backend.load(self.module, named)
 
     # From arguments to what the loop takes.
 
@@ -1063,7 +1072,7 @@ class Model:
         recipe.compute = compiled.compute
         if recipe.scaler is not None:
             recipe.backward = partial(scaled_backward, recipe.scaler)
-        recipe.frozen = self._frozen
+        recipe.frozen, self.backend.in_pieces = self._frozen, pieces is not None
         recipe.size_of = partial(checks.size_at, accumulate)
         recipe.batches, recipe.gathers_pieces = batches, pieces is not None
         if self._running is None:

@@ -88,6 +88,8 @@ def _is_able(device: torch.device, precision: Precision) -> bool:
         return True
     if precision.tf32:
         return False
+    if device.type == "xla":  # TPUs have no fp16
+        return not precision.scales_loss and precision.weights is not torch.float16
     if device.type == "mps":
         return precision.weights is not torch.float64 and not precision.scales_loss
     return True

@@ -14,6 +14,7 @@ from typing import Any
 
 from .accumulation import merged_parked, merged_windows
 from .checkpoint import read
+from .folders import read as read_any
 from .passes import Passes
 from .position import Position
 from .seeding import Generator, random_state, set_random_state
@@ -165,12 +166,13 @@ class Run:
 
     def _within_epoch(self) -> dict[str, Any]:
         """What is forgotten when an epoch is over."""
-        window, module = self.training.window, self.model.module
+        window, named = self.training.window, dict(self.model.module.named_parameters())
+        gradients = self.model.backend.gathered([one.grad for one in named.values()])
         return {
             "tracker": self.training.tracker.state_dict(),
             "window": None if window is None else window.state_dict(),
             "parked": {name: one.state_dict() for name, one in self._parked().items()},
-            "gradients": {name: one.grad for name, one in module.named_parameters() if one.grad is not None},
+            "gradients": {name: one for name, one in zip(named, gradients, strict=True) if one is not None},
             "size": self.training.size_of(self.position.epoch),
             "step": self.step.state_dict() if hasattr(self.step, "state_dict") else None,
         }
@@ -180,8 +182,10 @@ class Run:
         open_windows(training, self.position.epoch)
         training.tracker.reset()
         training.tracker.load_state_dict(state["tracker"], training.device)
-        for name, gradient in state["gradients"].items():
-            parameters[name].grad = gradient.to(parameters[name].device)
+        saved = [state["gradients"].get(name) for name in parameters]
+        taken_up = self.model.backend.taken_up(saved, [*parameters.values()])
+        for parameter, gradient in zip(parameters.values(), taken_up, strict=True):
+            parameter.grad = gradient
         if training.window is not None and state["window"] is not None:
             training.window.load_state_dict(state["window"])
         if state["step"] is not None and hasattr(self.step, "load_state_dict"):
@@ -232,13 +236,14 @@ def find_saved(resume: Any, callbacks: Sequence[Any], run: Run) -> tuple[dict[st
     if saved is not None:
         refuse_incomplete(*saved)
         run.refuse_other(*saved)
-        restore_callbacks(callbacks, saved[0])
+        states = run.model.backend.parted(saved[0]["callbacks"], run.model.module)
+        restore_callbacks(callbacks, saved[0] | {"callbacks": states})
     return saved
 
 
 def _found(resume: Any, callbacks: Sequence[Any], collect: Callable) -> tuple[dict[str, Any], str] | None:
     if isinstance(resume, (str, os.PathLike)):
-        return read(resume), repr(str(resume))
+        return read_any(resume), repr(str(resume))
     if resume is False:
         return None
     if resume is not None and resume is not True:

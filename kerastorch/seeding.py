@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,8 @@ def set_seed(seed: int, deterministic: bool | str | None = None, *, benchmark: b
     random.seed(_order_seed)
     np.random.seed(_order_seed)
     torch.manual_seed(_order_seed)
+    if (xla := _xla_in_use()) is not None:
+        xla.set_rng_state(_order_seed)
 
 
 def _choose_algorithms(deterministic: bool | str | None, benchmark: bool | None) -> None:
@@ -86,6 +89,7 @@ def random_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state(device) for device in cuda],
         "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+        "xla": None if (xla := _xla_in_use()) is None else xla.get_rng_state(),
         "generators": [_state_of(one) for one in generators],
     }
 
@@ -101,8 +105,16 @@ def set_random_state(state: Mapping[str, Any], generators: Iterable[Generator] =
         torch.cuda.set_rng_state(of_device, device)
     if state.get("mps") is not None:
         torch.mps.set_rng_state(state["mps"])
+    if state.get("xla") is not None and (xla := _xla_in_use()) is not None:
+        xla.set_rng_state(state["xla"])
     for one, its_state in zip(generators, state.get("generators", ()), strict=False):
         _put_back(one, its_state)
+
+
+def _xla_in_use() -> Any:
+    """torch_xla's generator; `None` where nothing is on its devices: to ask would choose them for the whole process."""
+    model = sys.modules.get("torch_xla.core.xla_model")
+    return model if model is not None and model.torch_xla._XLAC._xla_get_spmd_config_is_locked() else None
 
 
 def _state_of(generator: Generator) -> Any:

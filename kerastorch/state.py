@@ -32,15 +32,16 @@ def state_of(model: Any, callbacks: Iterable[Any] = ()) -> dict[str, Any]:
     for update in model.updates.values():
         if update.scaled_step is not None:
             update.scaled_step.settle()  # what the next step would begin with
+    whole = model.backend.whole
     return {
-        "module": model.module.state_dict(),
-        "optimizers": {name: _optimizer_state(model.module, one.optimizer) for name, one in model.updates.items()},
+        "module": whole(model.module.state_dict()),
+        "optimizers": {name: _optimizer_state(model, one.optimizer) for name, one in model.updates.items()},
         "schedules": {name: None if one is None else one.state_dict() for name, one in _schedules_of(model).items()},
         "scaler": None if scaler is None else scaler.state_dict(),
         "epochs_trained": model.epochs_trained,
         "history": _history_state(model.history),
         "run": model._run_state(),
-        "callbacks": [[type(one).__name__, getattr(one, "state_dict", dict)()] for one in callbacks],
+        "callbacks": [[type(one).__name__, whole(getattr(one, "state_dict", dict)())] for one in callbacks],
     }
 
 
@@ -54,7 +55,7 @@ def refuse_unsavable(model: Any, *, is_weights: bool) -> None:
         TypeError: something is no plain data.
     """
     if is_weights:
-        refuse_no_weights(model.module.state_dict())
+        refuse_no_weights(model.backend.whole(model.module.state_dict()))
     else:
         plain(state_of(model, model._callbacks), "state")
 
@@ -77,13 +78,13 @@ def restore(model: Any, state: Mapping[str, Any], source: str = "the state") -> 
     was_made = bool(model.updates) or not state["optimizers"]
     if was_made:
         _refuse_other_training(model, state, source)
-    model.module.load_state_dict(state["module"], strict=False)
+    model.backend.load(model.module, state["module"])
     if not was_made:
         model._make_optimizer()
         _refuse_other_training(model, state, source)
     schedules, scaler = _schedules_of(model), _scaler_of(model)
     for name, saved in state["optimizers"].items():
-        _load_optimizer(model.updates[name].optimizer, saved["state"])
+        _load_optimizer(model.backend, model.updates[name].optimizer, saved["state"])
         if state["schedules"][name] is not None:
             schedules[name].load_state_dict(state["schedules"][name])
     if scaler is not None and state["scaler"]:
@@ -194,9 +195,10 @@ def _has_other_shape(own: Any, given: Any) -> bool:
     return own.shape != given.shape
 
 
-def _optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _optimizer_state(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Its state, and what it is of: torch's own state knows parameters by their numbers alone."""
-    return {"kind": type(optimizer).__name__, "groups": _groups(module, optimizer), "state": optimizer.state_dict()}
+    state = model.backend.optimizer_state(optimizer)
+    return {"kind": type(optimizer).__name__, "groups": _groups(model.module, optimizer), "state": state}
 
 
 def _groups(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -204,12 +206,12 @@ def _groups(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[st
     return [[names.get(id(one), "of another module") for one in group["params"]] for group in optimizer.param_groups]
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def _load_optimizer(backend: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """torch's `load_state_dict`, but that how it computes is left as it was compiled for this device."""
     own = [{key: group[key] for key in OPTIONS_OF_DEVICE if key in group} for group in optimizer.param_groups]
     rates = [group.get("lr") for group in optimizer.param_groups]
     groups = [saved | options for saved, options in zip(state["param_groups"], own, strict=True)]
-    optimizer.load_state_dict(state | {"param_groups": groups})
+    backend.load_optimizer(optimizer, state | {"param_groups": groups})
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(rate, Tensor):
             group["lr"] = rate.fill_(group["lr"])  # in place: a captured graph reads it from this very tensor

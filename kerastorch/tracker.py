@@ -44,6 +44,8 @@ class Tracker:
         self.joins = all(metric.joins for _, metric in metrics) and not self._has_parts and not self._has_weighted
         # Sums in float64: in float32 a count stops growing at 2**24 samples. MPS has no float64.
         self.dtype = torch.float32 if ranks.device.type == "mps" else torch.float64
+        # XLA would compile a program for each number of batches; within the program of the step sums cost nothing.
+        self._max_pending = 1 if ranks.device.type == "xla" else MAX_PENDING
         for _, metric in self.stateful:
             metric.place(ranks)
         self.measures = bool(metrics)
@@ -131,7 +133,7 @@ class Tracker:
         if self._shape is None or not self.joins or (kept is not None and kept.ndim == 0):
             return 1
         values = 1 if kept is None else kept.numel()
-        return max(1, min(MAX_PENDING, MAX_PENDING_VALUES // max(values, 1)))
+        return max(1, min(self._max_pending, MAX_PENDING_VALUES // max(values, 1)))
 
     @property
     def has_batches(self) -> bool:
@@ -251,6 +253,7 @@ class Tracker:
         return [_loss_sum(self.loss, losses, pending[0][1], [target for _, _, target, _ in pending], samples)]
 
     def _read(self, sums: tuple[Sums, ...] | None, logged: dict[str, Sums], of_all: bool = False) -> dict[str, Any]:
+        self.ranks.cut()
         own = _means(logged)
         if sums is None:
             return own

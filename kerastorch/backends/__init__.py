@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
 import torch
 
 from .ddp import DDP as DDP
+from .fsdp import FSDP as FSDP
 from .pipeline import Pipeline as Pipeline
 from .single import CPU as CPU
 from .single import GPU as GPU
 from .single import Single as Single
 from .single import first_usable
+from .tpu import TPU as TPU
 
 
 def get(backend: Any) -> Any:
     """What `Model` was given as `backend` -> the backend.
 
     Args:
-        backend: `"auto"`, `"cpu"`, `"gpu"` (CUDA, MPS or XPU, whichever is there), a device as torch names it, `"ddp"`,
-            or an instance. `"auto"` is DDP under `torchrun`, else the first that is really usable of CUDA, MPS, XPU and
-            CPU.
+        backend: `"auto"`, `"cpu"`, `"gpu"` (CUDA, MPS or XPU, whichever is there), `"tpu"`, `"ddp"`, `"fsdp"`, a device
+            as torch names it, or an instance. `"auto"` is DDP under `torchrun`, else the first that is really usable of
+            TPU (with torch_xla and `PJRT_DEVICE=TPU`), CUDA, MPS, XPU and CPU.
     Raises:
+        ImportError: `"tpu"` without torch_xla.
         ValueError: an unknown name, or a device that is not there.
         TypeError: something else than a name or a backend.
     """
@@ -37,6 +41,11 @@ def get(backend: Any) -> Any:
         )
     if backend == "ddp" or (backend == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1):
         return DDP()
+    if backend == "fsdp":
+        return FSDP()
+    has_tpu = os.environ.get("PJRT_DEVICE") == "TPU" and importlib.util.find_spec("torch_xla") is not None
+    if backend in ("tpu", "xla", torch.device("xla")) or (backend == "auto" and has_tpu):
+        return TPU()
     if backend == "auto":
         return Single(first_usable(["cuda", "mps", "xpu", "cpu"]))
     if backend == "gpu":
@@ -45,5 +54,6 @@ def get(backend: Any) -> Any:
         return Single(torch.device(backend))
     except RuntimeError as error:
         raise ValueError(
-            f'backend={backend!r} is not known. Give "auto", "cpu", "gpu", "ddp", or a device such as "cuda:1".'
+            f'backend={backend!r} is not known. Give "auto", "cpu", "gpu", "tpu", "ddp", "fsdp", or a device such as '
+            f'"cuda:1".'
         ) from error

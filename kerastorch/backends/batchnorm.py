@@ -32,15 +32,15 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 @contextmanager
-def synchronized(module: nn.Module, ranks: Any) -> Iterator[None]:
-    """Meanwhile every BatchNorm of a module that is in train mode normalizes by the whole batch.
+def normalizing(module: nn.Module, ranks: Any) -> Iterator[None]:
+    """Meanwhile every BatchNorm of a module that is in train mode knows of the other ranks.
 
     Args:
         module: Its BatchNorm layers get a `forward` of their own, and lose it again.
-        ranks: The backend: `part.samples` of the running batch is 0 where this rank's samples count nothing.
+        ranks: The backend. `sync_batchnorm` says whether they normalize by the whole batch, `in_pieces` that there is
+            none to be seen; `part.samples` is 0 where this rank's samples count nothing.
     """
     layers = [one for one in module.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
-    layers = [one for one in layers if "forward" not in vars(one)]  # of a run around this one
     for layer in layers:
         layer.forward = partial(_forward, layer, ranks)
     try:
@@ -51,10 +51,18 @@ def synchronized(module: nn.Module, ranks: Any) -> Iterator[None]:
 
 
 def _forward(layer: Any, ranks: Any, x: Tensor) -> Tensor:
-    if not layer.training and layer.running_mean is not None:
-        return type(layer).forward(layer, x)
+    counts = ranks.part is None or ranks.part.samples > 0
+    is_trained = layer.training or layer.running_mean is None
+    if is_trained and ranks.sync_batchnorm and not ranks.in_pieces:
+        return _normalized(layer, x, counts)
+    if is_trained and not counts:  # nothing to learn from, and too few for statistics
+        return torch.zeros_like(x) + 0.0 * x
+    return type(layer).forward(layer, x)
+
+
+def _normalized(layer: Any, x: Tensor, counts: bool) -> Tensor:
     layer._check_input_dim(x)
-    mean, variance, count = _statistics(x, counts=ranks.part is None or ranks.part.samples > 0)
+    mean, variance, count = _statistics(x, counts)
     if layer.training and layer.track_running_stats and layer.running_mean is not None:
         _update(layer, mean.detach(), variance.detach(), count)
     shape = [1, -1, *[1] * (x.ndim - 2)]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .batchnorm import synchronized
+from .batchnorm import normalizing
 from .launch import launch
 from .ranks import Ranks
 
@@ -78,10 +78,11 @@ class DDP(Ranks):
 
     @contextmanager
     def running(self, module: nn.Module) -> Iterator[None]:
+        was_running = self._is_running
         with ExitStack() as stack:
             stack.enter_context(super().running(module))
-            if self.sync_batchnorm and self.is_joined:
-                stack.enter_context(synchronized(module, self))
+            if self.is_joined and not was_running:
+                stack.enter_context(normalizing(module, self))
             yield
 
     def network(self, module: nn.Module) -> Callable:
@@ -131,7 +132,7 @@ class DDP(Ranks):
         for parameter in averaged:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([one.grad for one in averaged]):
+        for bucket in buckets([one.grad for one in averaged]):
             _average(bucket, self.world)
         if self._module is not None and self._wrapped is None:
             self._wrap(all(has_gradient))
@@ -155,7 +156,7 @@ class DDP(Ranks):
         )
 
 
-def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
     """Gradients to be sent at once: of one dtype, and not more than is good for the memory; a sparse one by itself."""
     bucket: list[Tensor] = []
     for gradient in gradients:

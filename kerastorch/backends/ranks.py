@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from ..structures import join, map_structure
 from .single import Single
 
 GPUS = ("cuda", "xpu")
+AGREE_S, MOST_CALLS = 0.1, 100  # how long one rank's wish to end may wait, and for how many batches
 
 
 class Part(NamedTuple):
@@ -75,6 +77,7 @@ class Ranks(Single):
         _refuse_no_weights(weights)
         self.part: Part | None = None
         self._asked: tuple[Any, Tensor] | None = None
+        self._calls, self._every, self._agreed_at = 0, 1, time.monotonic()
         self.own_random: Tensor | None = None  # those that this rank alone draws
         self._is_running = False
         self.is_joined = self.starts_ranks = False
@@ -187,7 +190,7 @@ class Ranks(Single):
                 yield
             return
         self._share_random()
-        self._is_running = True
+        self._is_running, self._calls, self._every = True, 0, 1
         try:
             with self._words_of_first(), super().running(module):
                 yield
@@ -307,13 +310,24 @@ class Ranks(Single):
         return OSError(*said) if said[0] is not None else RuntimeError(f"rank 0 failed: {said[1]}")
 
     def agree(self, wishes: list[bool], now: bool) -> list[bool]:
-        flags = torch.tensor(wishes, dtype=torch.uint8)
+        self._calls += 1
+        if not now and self._calls < self._every:  # asked for a tenth of a second's batches at once
+            return [False] * len(wishes)
+        flags = torch.tensor([*wishes, MOST_CALLS - self._calls_in_time()], dtype=torch.uint8)
         asked = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.hosts, async_op=True), flags
         before, self._asked = self._asked, None if now else asked
         answers = [one for one in (before, asked if now else None) if one is not None]
-        for work, _ in answers:
+        for work, flags in answers:
             work.wait()
+            self._every = MOST_CALLS - int(flags[-1])
         return [any(flags[index] for _, flags in answers) for index in range(len(wishes))]
+
+    def _calls_in_time(self) -> int:
+        """How many calls go into the time that a wish may wait."""
+        now = time.monotonic()
+        number = AGREE_S * self._calls / max(now - self._agreed_at, 1e-9)
+        self._calls, self._agreed_at = 0, now
+        return min(max(int(number), 1), MOST_CALLS)
 
 
 def _joined(parts: list[Any]) -> Any:

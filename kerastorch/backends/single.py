@@ -7,12 +7,15 @@ worth, `average` what becomes of its gradients; `sum`, `mean`, `gather` and `col
 has, `announce` what one has for all, and `agree` ends a run for all at once. Where no process can call the whole module
 `step_for`, `evaluation_for` and `predictor` say what is done instead, and `gather_state` puts the module together for
 whoever looks at it. The loop and the step ask a backend for nothing else.
+
+What is saved: `whole` and `optimizer_state` are the state of all processes, as one process would have it, `load` and
+`load_optimizer` put it back; `gathered` and `taken_up` do so for gradients of a step that is still to come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -43,12 +46,12 @@ class Single:
     rank, world = 0, 1
     share: Callable[[int], tuple[slice, Any]] | None = None  # samples of a batch -> those taken here; `None` = all
     part: Any = None  # what the batch that `feed` gave last counts, as `share` said
+    in_pieces = False  # whether a run cuts its batches into pieces of which the others know nothing
     starts_ranks = False  # whether `launch` must run a verb in processes of its own
     scratch: str | None = None  # where files go that another process writes; `None` = it is this one
     measures_parts = False  # whether each process measures its own part of the data, rather than one all of it
     weighs_pieces = False  # whether a step asks what each loss of a piece is the mean over
     unable: Mapping[str, str] = {}  # what does not go with it -> why, and what to do
-    clip_norm = staticmethod(nn.utils.clip_grad_norm_)  # scales gradients, of all processes, and returns their norm
 
     def __init__(self, device: str | torch.device = "cpu", *, checkpoint_activations: Any = None) -> None:
         refuse_unknown(checkpoint_activations)
@@ -93,6 +96,9 @@ class Single:
     def move(self, tree: Any) -> Any:
         """All tensors of `tree`, on the device."""
         return map_structure(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, tree)
+
+    def cut(self) -> None:
+        """Before values are read: has the device do what was asked of it, where it only takes note of it at first."""
 
     # What several processes would do together, for one.
 
@@ -144,6 +150,14 @@ class Single:
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         """Leaves the mean of all processes' gradients in the parameters, before an optimizer step."""
 
+    @staticmethod
+    def clip_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_`, with a norm that is whole where gradients are parts."""
+        norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
     def sum(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         """The sums over all processes of scalars on the device."""
         return values
@@ -176,8 +190,47 @@ class Single:
         """Goes on from a state of the same process among as many."""
 
     def agree(self, wishes: list[bool], now: bool) -> list[bool]:
-        """Which of several wishes any process has: those of `now`, or of the call before, for which nobody waits."""
+        """Which of several wishes any process has; where they need not be known `now`, nobody waits for the others."""
         return wishes
+
+    # What is saved, of which each of several processes may hold a part.
+
+    def whole(self, tree: Any) -> Any:
+        """Nested containers with whole tensors where processes hold parts of one; all of them must ask."""
+        return tree
+
+    @contextmanager
+    def apart(self, mark: Callable[[str, Tensor], Any]) -> Iterator[dict[str, Tensor]]:
+        """Meanwhile `whole` leaves parts as they are: they get into a dict by names, and marks into their places."""
+        yield {}
+
+    def parted(self, tree: Any, module: nn.Module) -> Any:
+        """What `whole` returned, with parts again of what has the name of a tensor of the module."""
+        return tree
+
+    def load(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Puts whole tensors into the module, by name."""
+        module.load_state_dict(weights, strict=False)
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called with each optimizer once it is made: has it step on this process's part."""
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Its `state_dict`, of whole tensors; all processes must ask."""
+        return optimizer.state_dict()
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Puts back what `optimizer_state` returned."""
+        optimizer.load_state_dict(state)
+
+    def gathered(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of steps to come, to be saved: whole tensors, whose sum over the processes counts."""
+        return gradients
+
+    def taken_up(self, gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """What `gathered` returned, as it was in the parameters."""
+        pairs = zip(gradients, parameters, strict=True)
+        return [gradient if gradient is None else gradient.to(parameter.device) for gradient, parameter in pairs]
 
     def _copied_ahead(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Copies the next batch on a stream of its own while the device works on this one."""
@@ -234,11 +287,11 @@ class GPU(Single):
     """
 
     def __init__(self, index: int = 0, *, checkpoint_activations: Any = None) -> None:
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ValueError(f"index={index!r} is no number of a GPU. Give a whole number from 0 up.")
         kind = first_usable(GPUS)
         if kind is None:
             raise ValueError('backend="gpu" found no GPU that torch can use. Give backend="cpu".')
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise ValueError(f"index={index!r} is no number of a GPU. Give a whole number from 0 up.")
         super().__init__(torch.device(kind, index), checkpoint_activations=checkpoint_activations)
 
 

@@ -430,7 +430,7 @@ class ModelCheckpoint(Monitoring):
             return self.model.save_weights if self.save_weights_only else self.model.save
         if self.save_weights_only:
             self.model.backend.gather_state()
-            state, write_state = self.model.module.state_dict(), write_weights
+            state, write_state = self.model.backend.whole(self.model.module.state_dict()), write_weights
         else:
             state, write_state = state_of(self.model, self.model._callbacks), write
         if self.model.backend.rank > 0:  # in its place: that it is there is all that anybody asks of it
@@ -531,6 +531,11 @@ class ModelCheckpoint(Monitoring):
 
     def _refuse_paths(self) -> None:
         refuse_ending(self.filepath, is_weights=self.save_weights_only)
+        if self.filepath.endswith(".dcp"):
+            raise ValueError(
+                f"filepath={self.filepath!r} ends as folders do, and ModelCheckpoint writes files. Give it another "
+                f"ending, or call model.save with that path."
+            )
         if self.save_weights_only and self._name.suffix not in WEIGHTS:
             raise ValueError(
                 f"filepath={self.filepath!r} does not end in {WEIGHTS[0]!r}, as files of save_weights_only=True do. "

@@ -192,4 +192,6 @@ def _optimizer(name: str) -> str:
 
 
 def _has_memory(parameter: Tensor) -> bool:
-    return not is_lazy(parameter) and not parameter.is_meta and not parameter.is_sparse and parameter.numel() > 0
+    if is_lazy(parameter) or parameter.is_meta or parameter.is_sparse or not parameter.numel():
+        return False
+    return parameter.data_ptr() != 0  # as of one that several processes hold in parts

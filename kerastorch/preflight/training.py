@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..losses import Loss
+from ..seeding import random_state_kept
 from .findings import Finding, counted, several
 from .module import covering, is_broken
 from .outputs import kind_of, last_operation, output_called, target_called
 from .seen import Seen
-from .untouched import random_numbers_kept
 
 LARGE_NORM, VANISHING_NORM = 1e5, 1e-7  # of the gradient of the first batch
 
@@ -261,7 +261,7 @@ def _classes(loss: Loss, output: Tensor, target: Tensor) -> int | None:
 @torch.no_grad()
 def _value(seen: Seen, loss: Loss, output: Tensor, target: Tensor) -> float:
     """A loss of the user's own; NaN where it takes no such target."""
-    with random_numbers_kept(seen.model.backend.device), warnings.catch_warnings():
+    with random_state_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # in the step it gave them already
         try:
             return float(loss.function(output.detach(), target).mean())

@@ -21,13 +21,14 @@ from .. import loop, scopes
 from ..callbacks.base import Callback, hooks_of
 from ..losses import parts_of, warn_of_final_softmax
 from ..precision import LOW
+from ..seeding import random_state_kept
 from ..step import Recipe, Update, evaluation_step, forward, open_windows, optimizer_step
 from ..structures import leaves, map_structure
 from ..tracker import Tracker, copies
 from .layers import ROOT, Layers
 from .outputs import kind_of
 from .seen import Failure, Seen
-from .untouched import random_numbers_kept, untouched
+from .untouched import untouched
 
 # As large as the first scale of torch's GradScaler, so that fp16 gradients do not vanish here either.
 LOSS_SCALE = 2.0**16
@@ -211,7 +212,7 @@ class Trial(Seen):
             self.module.eval()
             pairs = []
             for inputs in (x, last_alone):
-                with random_numbers_kept(self.model.backend.device):  # the same ones for both
+                with random_state_kept():  # the same ones for both
                     pairs.append([*leaves(forward(self.compiled.network, inputs))])
         is_low = self.compiled.precision.autocast or self.compiled.precision.weights in LOW
         self.mixes_samples = any(_differ(a, b, samples, 0.05 if is_low else 1e-3) for a, b in zip(*pairs, strict=True))

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..seeding import random_state_kept
+
 # Share of the free device memory that copies may take; others go to the host's.
 COPIES_SHARE = 0.5
 
@@ -39,7 +41,7 @@ def untouched(whole: Iterable[Any], attributes: Iterable[Any] = (), *, device: t
         tensor([0., 0.])
     """
     memory = _Memory()
-    with random_numbers_kept(device):
+    with random_state_kept():
         for thing in attributes:
             memory.keep_attributes(thing)
         for thing in whole:
@@ -218,16 +220,3 @@ RESTORERS = {
     set: _restore_set,
     deque: _restore_deque,
 }
-
-
-@contextmanager
-def random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Those of Python, numpy and torch, and of the device."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [] if device.type == "cpu" else [device]
-    try:
-        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

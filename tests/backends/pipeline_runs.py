@@ -34,6 +34,8 @@ MORE = {
     "several losses": {
         "net": Heads, "compile": HEADS, "data": (X, {"digit": MASKED, "value": Y.astype("float32")}),
     },
+    "masked": {"compile": SGD, "data": (X, MASKED)},
+    "masked, in windows": {"compile": SGD, "data": (X, MASKED), "fit": {"accumulate": 2, "batch_size": 20}},
     "values clipped": {"compile": SGD | {"clip": ("value", 1e-3)}},
     "best weights restored": {
         "fit": {

@@ -298,11 +298,6 @@ def test_mistakes_are_refused_before_anything_starts(options, said):
         backends.DDP(**options)
 
 
-def test_a_class_is_no_backend():
-    with pytest.raises(TypeError, match="Make one of it: backend=DDP()"):
-        kt.Model(nn.Linear(1, 1), backend=backends.DDP)
-
-
 def test_one_process_is_started_nowhere():
     model = kt.Model(nn.Linear(64, 10), backend=backends.DDP(1)).compile("sgd", "cross_entropy")
     assert model.fit(X, Y, verbose=0).epoch == [0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def test_auto_is_the_best_device_that_is_usable():
-    expected = next(name for name in ("cuda", "mps", "xpu", "cpu") if backends.real_device(torch.device(name)))
+    expected = next(name for name in ("cuda", "mps", "xpu", "cpu") if backends.single.real_device(torch.device(name)))
     assert backends.get("auto").device.type == expected
 
 
@@ -41,11 +42,24 @@ def test_an_unknown_name_is_refused():
         kt.Model(nn.Linear(1, 1), backend="tpux")
 
 
-def test_several_processes_are_refused_until_there_is_a_backend_for_them(monkeypatch):
+def test_auto_is_ddp_under_torchrun(monkeypatch):
+    ranks = backends.Single("cpu")
+    monkeypatch.setattr(backends, "DDP", lambda: ranks)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(NotImplementedError, match="torchrun"):
-        kt.Model(nn.Linear(1, 1))
-    kt.Model(nn.Linear(1, 1), backend="cpu")
+    assert kt.Model(nn.Linear(1, 1)).backend is ranks
+    assert kt.Model(nn.Linear(1, 1), backend="cpu").backend is not ranks  # a model of its own in each process
+
+
+@pytest.mark.parametrize(("given", "said"), [(backends.CPU, "Make one of it: backend=CPU()"), (3, "backend is a int")])
+def test_what_is_no_backend_is_refused(given, said):
+    with pytest.raises(TypeError, match=re.escape(said)):
+        kt.Model(nn.Linear(1, 1), backend=given)
+
+
+def test_backends_have_names_of_their_own():
+    assert kt.Model(nn.Linear(1, 1), backend=backends.CPU()).backend.device == torch.device("cpu")
+    with pytest.raises(ValueError, match="index=-1"):
+        backends.GPU(-1)
 
 
 def test_on_the_cpu_batches_are_handed_on_untouched():
