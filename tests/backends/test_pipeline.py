@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kerastorch as kt
-from kerastorch import backends
+from kerastorch import backends, losses
 from kerastorch.backends.engine import Engine
 from kerastorch.backends.stages import balanced, bound, split
 from tests.backends import going_on, pipeline_runs
@@ -443,3 +443,17 @@ def test_one_process_is_no_pipeline():
         backends.Pipeline(2, microbatches=0)
     with pytest.raises(ValueError, match="precision='16' does not go with backend=Pipeline"):  # before any rank starts
         kt.Model(mlp(), backend=backends.Pipeline(2)).compile(**SGD, precision="16")
+
+
+def test_targets_are_counted_before_a_loss_was_computed():
+    """On ranks that compute none; the masks of a run are in targets that are known, or may be in those that are not."""
+    target, output = torch.tensor([1, -100, 2]), torch.zeros(3, 4, device="meta")
+    loss = losses.get("cross_entropy")
+    loss.expect(target)
+    assert loss.counts(output, target, 3) == {"": 2}
+    loss.expect(target[::2])
+    assert loss.counts(output[::2], target[::2], 2) == {"": 2}
+    both = losses.get({"a": "cross_entropy", "b": "mse"})
+    both.expect({"a": target, "b": target})
+    counted = both.counts({"a": output, "b": output}, {"a": target, "b": target}, 3)
+    assert counted == {("targets of", "a"): 2, ("samples", ""): 3}
