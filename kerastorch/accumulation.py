@@ -73,6 +73,25 @@ class Window:
             else:
                 self._add_apart(name, losses[name], backward, is_last=name == trained[-1])
 
+    def count(self, totals: Mapping[Any, Any], most: int) -> dict[Any, Any]:
+        """Counts one batch whose gradients somebody else adds, and says what its losses are divided by for now.
+
+        Args:
+            totals: What its losses are the means over, by their names; `None` = it is a sum.
+            most: Its samples.
+        Raises:
+            ValueError: means over different things, in a window of several batches.
+        """
+        if len(totals) > 1 and self.size > 1:
+            raise ValueError(
+                f"accumulate={self.size} was given with losses that are means over different things (samples, targets "
+                f"that are not masked), which this backend does not keep apart. Give accumulate=1."
+            )
+        for name, total in totals.items():
+            self._expected.setdefault(name, max(round(self.size * most), 1))
+            self._totals[name] = None if total is None else self._totals.get(name, 0) + total
+        return dict(self._expected)
+
     def close(self) -> None:
         """Leaves the gradient of the mean over the whole window in the parameters."""
         for name, total in zip(self._own, self.ranks.mean([*self._own.values()]), strict=True):

@@ -135,6 +135,13 @@ def refuse_combinations(compiled: Any, jit: Any, has_own_step: bool, has_own_los
         )
 
 
+def refuse_unable(backend: Any, *used: tuple[str, Any]) -> None:
+    """Pairs of what there is to use, as the backend's `unable` has it, and whether it is used."""
+    for name, is_used in used:
+        if is_used and name in backend.unable:
+            raise ValueError(f"{name} does not go with backend={type(backend).__name__}: {backend.unable[name]}.")
+
+
 def refuse_no_number(name: str, value: Any) -> None:
     """What is logged must be a number or a tensor of one."""
     is_number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -79,7 +79,7 @@ class Compiled:
         chosen = _for_each(named, schedule, "schedule") if not self.is_single else {"": schedule}
         self._makers = {name: optimizers.maker(one, rates[name]) for name, one in named.items()}
         self._schedules = {name: schedules.get(one) for name, one in chosen.items()}
-        self._clip = _clipper(clip)
+        self._clip = _clipper(clip, backend)
         refuse_unknown_mode(jit)
         if jit and device.type == "xla":
             raise ValueError(f"jit={jit!r} is for torch.compile, and XLA compiles each step by itself. Leave jit out.")
@@ -266,8 +266,8 @@ def _for_each(named: dict[str, Any], given: Any, argument: str) -> dict[str, Any
     return {name: given.get(name) for name in named}
 
 
-def _clipper(clip: Any) -> Callable[..., Any] | None:
-    """What `compile` was given as `clip` -> torch's function that does it, to be called with the parameters."""
+def _clipper(clip: Any, backend: Any) -> Callable[..., Any] | None:
+    """What `compile` was given as `clip` -> the function that does it, to be called with the parameters."""
     if clip is None:
         return None
     kind, bound = clip if isinstance(clip, (tuple, list)) and len(clip) == 2 else ("norm", clip)
@@ -278,13 +278,5 @@ def _clipper(clip: Any) -> Callable[..., Any] | None:
             f"('value', 0.5)."
         )
     if kind == "norm":
-        return partial(_clip_norm, max_norm=float(bound))
+        return partial(backend.clip_norm, max_norm=float(bound))
     return partial(nn.utils.clip_grad_value_, clip_value=float(bound))
-
-
-def _clip_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_`, with a norm that is whole where gradients are parts."""
-    norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm

@@ -25,7 +25,6 @@ from .position import Position
 from .step import (
     Recipe,
     close_windows,
-    evaluation_step,
     forward,
     forward_backward,
     move_schedules,
@@ -254,7 +253,7 @@ def evaluate(evaluation: Recipe, batches: Iterable, ending: Ending | None = None
     for index, batch in enumerate(batches):
         for hook in hooks.on_test_batch_begin:
             hook(index, {})
-        evaluation_step(evaluation, batch)
+        evaluation.measure(evaluation, batch)
         if hooks.on_test_batch_end:
             logs = tracker.logs({})
             for hook in hooks.on_test_batch_end:

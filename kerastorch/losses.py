@@ -179,6 +179,7 @@ class Loss:
         is_known = targets is not None and not self.on_logits and bare not in MARGIN_FUNCTIONS
         self.threshold = 0.5 if is_known else 0.0
         self.is_unchecked, self._known_targets, self.has_warned = True, (), False
+        self._unseen_targets: tuple[Tensor, ...] = ()  # in which no masks were looked for
         self._may_be_masked, self.layout, self.is_gathered = True, Layout(), False
         self.unreduce()
 
@@ -202,6 +203,7 @@ class Loss:
         With `beside`, what was found in the targets of the run that goes on stays in mind.
         """
         self.is_unchecked, self._known_targets = True, tuple(known for known in targets if known is not None)
+        self._unseen_targets = self._known_targets
         may_be_masked = not targets or len(self._known_targets) < len(targets)
         self._may_be_masked = may_be_masked or (beside and self._may_be_masked)
 
@@ -289,10 +291,19 @@ class Loss:
             return self.units(target[None])[0], target.numel()
         return target.numel(), target.numel()
 
-    def _check_first(self, output: Any, target: Any) -> None:
-        known, self._known_targets, self.is_unchecked = self._known_targets, (), False
+    def counts(self, output: Any, target: Any, samples: int) -> dict[Any, int | Tensor | None]:
+        """Name of a share -> its count, before the loss is computed; of the output the shape is enough."""
+        self._look_for_masks()
+        return {"": self.count(output, target, samples)[0]}
+
+    def _look_for_masks(self) -> None:
+        known, self._unseen_targets = self._unseen_targets, ()
         if self.ignore_index is not None:
             self._may_be_masked = self._may_be_masked or any(bool((all_ == self.ignore_index).any()) for all_ in known)
+
+    def _check_first(self, output: Any, target: Any) -> None:
+        self._look_for_masks()
+        known, self._known_targets, self.is_unchecked = self._known_targets, (), False
         if target is None:
             raise ValueError(
                 f"the data has no targets, but loss={self.name!r} needs them. Give y, let batches be (x, y), or name "
@@ -373,13 +384,26 @@ class SumOfLosses:
         for name, part in self.parts.items():
             key = self.keys[name]
             count, most = part.count(_part(output, key, "outputs"), _part(batch[1], key, "targets"), samples)
-            is_of_samples = not isinstance(count, Tensor) and count == samples
-            # Of one kind or of this output: an output may be called anything.
-            share = ("sums", "") if count is None else ("samples", "") if is_of_samples else ("targets of", name)
+            share = _kind_of(count, samples, name)
             weighted = self._terms.pop(name) * self.weights[name]
             before = found.get(share)
             found[share] = Share(share, weighted if before is None else before.loss + weighted, count, most)
         return [*found.values()]
+
+    def counts(self, output: Any, target: Any, samples: int) -> dict[Any, int | Tensor | None]:
+        """Name of a share -> its count, before the losses are computed."""
+        found: dict[tuple[str, str], int | Tensor | None] = {}
+        for name, part in self.parts.items():
+            key = self.keys[name]
+            (count,) = part.counts(_part(output, key, "outputs"), _part(target, key, "targets"), samples).values()
+            found[_kind_of(count, samples, name)] = count
+        return found
+
+
+def _kind_of(count: int | Tensor | None, samples: int, name: str) -> tuple[str, str]:
+    """The name of a share: of one kind or of this output, as an output may be called anything."""
+    is_of_samples = not isinstance(count, Tensor) and count == samples
+    return ("sums", "") if count is None else ("samples", "") if is_of_samples else ("targets of", name)
 
 
 class OwnLoss:

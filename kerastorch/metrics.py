@@ -70,7 +70,7 @@ class Stateful:
         if hasattr(self.metric, "to"):
             self.metric.to(ranks.device)
         parts = _torchmetrics_in(self.metric).values()
-        if ranks.world > 1 and not parts:
+        if ranks.measures_parts and not parts:
             raise TypeError(
                 f"the metric {self.name!r} is a {type(self.metric).__name__}, whose state cannot be added up over "
                 f"{ranks.world} processes. Derive it from torchmetrics.Metric, or give a callable (output, target)."
@@ -95,7 +95,7 @@ class Stateful:
     def result(self, of_all: bool) -> dict[str, Any]:
         """What it has measured: in all processes, which must ask together, or in this one alone."""
         with ExitStack() as stack:
-            for one in _torchmetrics_in(self.metric).values() if of_all and self._ranks.world > 1 else ():
+            for one in _torchmetrics_in(self.metric).values() if of_all and self._ranks.measures_parts else ():
                 one._computed = None
                 stack.enter_context(one.sync_context(distributed_available=lambda: True))
             value = self.metric.compute()

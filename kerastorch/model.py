@@ -58,6 +58,7 @@ from .step import (
     Recipe,
     Update,
     closure_step,
+    evaluation_step,
     forward,
     forward_backward,
     open_windows,
@@ -191,6 +192,7 @@ class Model:
         }
         compiled = Compiled(self.module, self.backend, **options)
         checks.refuse_combinations(compiled, jit, self._overrides("train_step"), self._overrides("compute_loss"))
+        self._refuse_unable(compiled, jit)
         chosen_metrics = named_metrics.get(metrics, None if compiled.has_own_loss else compiled.loss, weighted_metrics)
         # A lazy module has no parameters yet, and a module without any can still be evaluated.
         waits = _is_lazy(self.module) or not any(True for _ in self.module.parameters())
@@ -510,7 +512,7 @@ class Model:
         with self.backend.running(self.module), scopes.computing(self), loop.announced_errors(hooks):
             batches = self.backend.feed(islice(opened.batches(0), steps))
             keeps_outputs = not any(getattr(callback, "takes_outputs", False) for callback in callbacks)
-            network = self.backend.alone(self._network())
+            network = self.backend.alone(self.backend.predictor(self._network(), self._compiled))
             outputs = loop.predict(self.module, network, hooks, batches, self.backend.gather, keeps_outputs)
         if not keeps_outputs:
             return None
@@ -616,6 +618,7 @@ class Model:
             True
         """
         checkpoint.refuse_ending(path, is_weights=True)
+        self.backend.gather_state()
         self._write(checkpoint.write_weights, path, self.backend.whole(self.module.state_dict()))
 
     def load_weights(self, path: str | os.PathLike, *, strict: bool = True, skip_mismatch: bool = False) -> Model:
@@ -638,6 +641,7 @@ class Model:
         Source: `skip_mismatch`: Keras, `Model.load_weights`.
         """
         weights = folders.read(path)["module"] if folders.is_folder(path) else checkpoint.read_weights(path)
+        self.backend.gather_state()
         differences = refuse_unlike(self.module, weights, repr(str(path)), strict, skip_mismatch)
         for name in reshaped_of(self.module, weights):
             del weights[name]
@@ -950,6 +954,7 @@ class Model:
 
     def get_weights(self) -> list[np.ndarray]:
         """Copies of all parameters and buffers as numpy arrays, in the order of `module.state_dict()`."""
+        self.backend.gather_state()
         state = self.backend.whole(self.module.state_dict())
         return [to_numpy(tensor.detach().cpu()).copy() for tensor in state.values()]
 
@@ -959,6 +964,7 @@ class Model:
         Raises:
             ValueError: not as many arrays as the module has parameters and buffers.
         """
+        self.backend.gather_state()
         state = self.module.state_dict()
         if len(weights) != len(state):
             raise ValueError(
@@ -1048,7 +1054,14 @@ class Model:
     def _recipe(self, tracker: Tracker, hooks: Any) -> Recipe:
         compute, shares = self._compiled.compute_evaluated, self._compiled.logged_loss.shares
         return Recipe(
-            self.module, self.backend.alone(compute), shares, tracker, hooks, self.backend, device=self.backend.device
+            self.module,
+            self.backend.alone(compute),
+            shares,
+            tracker,
+            hooks,
+            self.backend,
+            self.backend.alone(self.backend.evaluation_for(evaluation_step, self._compiled)),
+            device=self.backend.device,
         )
 
     def _training_recipe(
@@ -1063,23 +1076,27 @@ class Model:
         recipe.size_of = partial(checks.size_at, accumulate)
         recipe.batches, recipe.gathers_pieces = batches, pieces is not None
         if self._running is None:
-            compiled.gather(accumulate != 1 or pieces is not None or self.backend.share is not None)
+            is_parted = self.backend.share is not None or self.backend.weighs_pieces
+            compiled.gather(accumulate != 1 or pieces is not None or is_parted)
         return recipe
 
     def _step(self, training: Recipe, accumulate: Any = 1, microbatch: int | str | None = None) -> Callable:
         compiled = self._compiled
+        is_pieced = microbatch is not None
+        has_closure = compiled.is_single and optimizers.needs_closure(self.optimizer)
+        checks.refuse_unable(self.backend, ("microbatch", is_pieced), ("an optimizer with a closure", has_closure))
         if self._overrides("train_step"):
             return OwnStep(self.train_step, training, compiled.precision)
         if compiled.tbptt_steps is not None:
             return TruncatedStep(compiled.with_state, compiled.tbptt_steps)
-        if optimizers.needs_closure(self.optimizer):
+        if has_closure:
             checks.refuse_gathering(type(self.optimizer).__name__, accumulate, microbatch)
             return closure_step
         if microbatch is not None:
             return PiecewiseStep(microbatch)
         if compiled.is_plain:
             training.compute = compiled.over(self.backend.network(self.module))
-        return forward_backward
+        return self.backend.step_for(forward_backward, compiled)
 
     def _begin_schedules(self, training: Recipe, batches: int | None, accumulate: Any, bounds: limits.Limits) -> None:
         """Starts the schedules of a run, over as many optimizer steps as it will have."""
@@ -1182,6 +1199,8 @@ class Model:
         checks.refuse_two_averages(callbacks)
         checks.refuse_lost_weights(callbacks)
         checks.refuse_shared_files(callbacks)
+        needs_all = any(getattr(one, "needs_all_parameters", False) for one in callbacks)
+        checks.refuse_unable(self.backend, ("a callback of all parameters", needs_all))
         if is_validated and self._overrides("train_step") and not self._overrides("compute_loss"):
             checks.refuse_no_forward(self.module)
         if self._overrides("train_step") or self._overrides("compute_loss") or self._compiled.has_own_loss:
@@ -1220,6 +1239,17 @@ class Model:
                 if hasattr(callback, method):
                     getattr(callback, method)(argument)
         return hooks
+
+    def _refuse_unable(self, compiled: Compiled, jit: Any) -> None:
+        checks.refuse_unable(
+            self.backend,
+            ("precision='16'", compiled.scaler is not None),
+            ("an override of compute_loss", self._overrides("compute_loss")),
+            ("an override of train_step", self._overrides("train_step")),
+            ("loss=None", compiled.has_own_loss),
+            ("tbptt_steps", compiled.tbptt_steps is not None),
+            ("jit", jit),
+        )
 
     def _refuse_uncompiled(self, verb: str) -> None:
         if self._compiled is None:

@@ -71,11 +71,13 @@ class Run:
         }
 
     def _of_ranks(self) -> dict[str, Any]:
-        """What each process has for itself: of rank 0, as if it were alone, and of all where there are several."""
+        """What each process has for itself: of rank 0, or who measures all, as if it were alone, and of all others."""
         backend = self.model.backend
         own = {"within_epoch": self._within_epoch() if self.position.batch else None, "backend": backend.state_dict()}
-        ranks = backend.collect(own) if backend.world > 1 else []
-        return {"within_epoch": own["within_epoch"], "ranks": ranks}
+        if not backend.measures_parts:
+            of_each = backend.collect(own["backend"]) if backend.world > 1 else []
+            return {"within_epoch": backend.announce(own["within_epoch"]), "ranks": [], "backends": of_each}
+        return {"within_epoch": own["within_epoch"], "ranks": backend.collect(own)}
 
     def refuse_other(self, saved: Mapping[str, Any], source: str) -> None:
         """Says before anything begins that a state is none to go on from.
@@ -137,7 +139,10 @@ class Run:
     def _taken_up(self, run: Mapping[str, Any]) -> dict[str, Any] | None:
         """This process's part of what is known of the epoch: its own, or another one of as many as there are now."""
         backend, ranks = self.model.backend, run.get("ranks") or [{"within_epoch": run["within_epoch"], "backend": {}}]
-        if len(ranks) == backend.world:
+        of_each = run.get("backends") or []
+        if len(of_each) == backend.world and not backend.measures_parts:
+            backend.load_state_dict(of_each[backend.rank])
+        if len(ranks) == backend.world and (backend.measures_parts or backend.world == 1):
             backend.load_state_dict(ranks[backend.rank]["backend"])
             return ranks[backend.rank]["within_epoch"]
         if run["within_epoch"] is None:
@@ -145,8 +150,10 @@ class Run:
         return self._merged([one["within_epoch"] for one in ranks])
 
     def _merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
-        """What other processes had of an epoch: rank 0 takes all of it, the others none."""
-        is_first, scale = self.model.backend.rank == 0, len(states) / self.model.backend.world
+        """What other processes had of an epoch: rank 0 takes all of it; where each measures all, each does."""
+        backend = self.model.backend
+        is_first = backend.rank == 0 or not backend.measures_parts
+        scale = len(states) / (backend.world if backend.measures_parts else 1)
         merged = dict(states[0])
         merged["tracker"] = self.training.tracker.merged([one["tracker"] for one in states], is_first)
         gradients = [one["gradients"] for one in states] if is_first else []

@@ -27,6 +27,7 @@ def state_of(model: Any, callbacks: Iterable[Any] = ()) -> dict[str, Any]:
         model: A `kerastorch.Model`.
         callbacks: Whose states to take, in order; one without `state_dict`, such as Keras's, has none.
     """
+    model.backend.gather_state()
     scaler = _scaler_of(model)
     for update in model.updates.values():
         if update.scaled_step is not None:
@@ -72,6 +73,7 @@ def restore(model: Any, state: Mapping[str, Any], source: str = "the state") -> 
         ValueError: part of it is missing; the module has other names or shapes, or its training is compiled otherwise.
     """
     refuse_incomplete(state, source)
+    model.backend.gather_state()
     refuse_unlike(model.module, state["module"], source)
     was_made = bool(model.updates) or not state["optimizers"]
     if was_made:

@@ -66,6 +66,7 @@ class Recipe:
         tracker: Where loss and metrics are summed.
         hooks: Name of a hook -> the functions to call, from `callbacks.base.hooks_of`.
         ranks: The backend: which part of each batch this process has, and what becomes of gradients of parts.
+        measure: `evaluation_step`, or what stands for it.
         updates: Name of an optimizer -> its update; empty where nothing is trained, one named `""` where it is alone.
         backward: `(loss, retain_graph=...)`: puts gradients into the parameters.
         device: Where it all is.
@@ -87,6 +88,7 @@ class Recipe:
     tracker: Tracker
     hooks: SimpleNamespace
     ranks: Any
+    measure: Callable[[Recipe, Batch], None]
     updates: dict[str, Update] = field(default_factory=dict)
     backward: Callable[..., None] = Tensor.backward
     device: torch.device = torch.device("cpu")

@@ -72,6 +72,7 @@ class Tracker:
         # Never changed in place, only replaced: logs handed out earlier go on reading the state of their own moment.
         self._sums: tuple[Sums, ...] | None = None
         self.logged: dict[str, Sums] = {}
+        self._heard: dict[str, Sums] = {}
         self._pending: list[tuple] = []
         self._shape, self._batch_samples, self._capacity = None, 0, 1
         for _, metric in self.stateful:
@@ -110,6 +111,12 @@ class Tracker:
             self._flush()
             self.is_unproven = False
 
+    def hear(self, loss: Tensor, samples: int) -> None:
+        """Takes in the mean loss of a batch that another process has measured: for the logs of batches alone."""
+        total, count = self._heard.get("loss", (0.0, 0))
+        self._heard = {"loss": (total + loss * samples, count + samples)}
+        self.samples += samples
+
     def values_of(self, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss just computed, or its parts stacked where there are several; and the module's own terms."""
         if self._has_parts:
@@ -136,7 +143,7 @@ class Tracker:
     def logs(self, others: dict[str, Any]) -> Logs:
         """The means so far, read from the device when somebody looks, and `others` behind them."""
         sums, pending, number, samples = self._sums, self._pending, len(self._pending), self._batch_samples
-        logged = self.logged
+        logged = self.logged | self._heard
 
         def read() -> dict[str, float]:
             # Means can be read without summing: in which portions they are summed is not to depend on who looks.
@@ -150,7 +157,7 @@ class Tracker:
     def result(self) -> dict[str, Any]:
         """The means of everything added since `reset`, by all processes: the one read of an epoch."""
         self._flush()
-        return self._read(*self._of_all(self._sums, self.logged), of_all=True)
+        return self.ranks.announce(self._read(*self._of_all(self._sums, self.logged), of_all=True))
 
     def means_so_far(self) -> dict[str, Any]:
         """The means so far, of all processes, which must ask together; read at once, and nothing is summed for it."""
@@ -158,7 +165,7 @@ class Tracker:
             return self.result()
         pending = self._pending
         sums = _add(self._sums, self._measure(pending, self._batch_samples)) if pending else self._sums
-        return self._read(*self._of_all(sums, self.logged), of_all=True)
+        return self.ranks.announce(self._read(*self._of_all(sums, self.logged), of_all=True))
 
     def state_dict(self) -> dict[str, Any]:
         """All that was taken in since `reset`, as it is kept: tensors and plain data."""

@@ -10,6 +10,7 @@ import torch
 
 from .ddp import DDP as DDP
 from .fsdp import FSDP as FSDP
+from .pipeline import Pipeline as Pipeline
 from .single import CPU as CPU
 from .single import GPU as GPU
 from .single import Single as Single

@@ -99,6 +99,10 @@ class Ranks(Single):
         device = "cpu" if self.starts_ranks else _device_of(devices, 0)
         super().__init__(device, checkpoint_activations=checkpoint_activations)
 
+    @property
+    def measures_parts(self) -> bool:
+        return self.world > 1
+
     def join(self) -> None:
         """Becomes the rank that the environment names."""
         local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))

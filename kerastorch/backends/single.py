@@ -4,7 +4,9 @@ Where it runs: `place` puts the module there, once; `hold` says where data that 
 `feed` brings each batch to the device. With whom: `share` is this process's part of a global batch, `running` what
 holds during a run, `network` what training calls for the module, `expected` and `counts` what a mean over the part is
 worth, `average` what becomes of its gradients; `sum`, `mean`, `gather` and `collect` bring together what each process
-has, and `agree` ends a run for all at once. The loop and the step ask a backend for nothing else.
+has, `announce` what one has for all, and `agree` ends a run for all at once. Where no process can call the whole module
+`step_for`, `evaluation_for` and `predictor` say what is done instead, and `gather_state` puts the module together for
+whoever looks at it. The loop and the step ask a backend for nothing else.
 
 What is saved: `whole` and `optimizer_state` are the state of all processes, as one process would have it, `load` and
 `load_optimizer` put it back; `gathered` and `taken_up` do so for gradients of a step that is still to come.
@@ -47,6 +49,9 @@ class Single:
     in_pieces = False  # whether a run cuts its batches into pieces of which the others know nothing
     starts_ranks = False  # whether `launch` must run a verb in processes of its own
     scratch: str | None = None  # where files go that another process writes; `None` = it is this one
+    measures_parts = False  # whether each process measures its own part of the data, rather than one all of it
+    weighs_pieces = False  # whether a step asks what each loss of a piece is the mean over
+    unable: Mapping[str, str] = {}  # what does not go with it -> why, and what to do
 
     def __init__(self, device: str | torch.device = "cpu", *, checkpoint_activations: Any = None) -> None:
         refuse_unknown(checkpoint_activations)
@@ -109,6 +114,21 @@ class Single:
         """What a training step calls for the module."""
         return module
 
+    def step_for(self, step: Callable, compiled: Any) -> Callable:
+        """What is called with the recipe and each batch in the place of `step.forward_backward`."""
+        return step
+
+    def evaluation_for(self, step: Callable, compiled: Any) -> Callable:
+        """What is called with the recipe and each batch in the place of `step.evaluation_step`."""
+        return step
+
+    def predictor(self, network: Callable, compiled: Any) -> Callable:
+        """What `predict` calls for the network, the module in its precision; `compiled` may be `None`."""
+        return network
+
+    def gather_state(self) -> None:
+        """Within a run: has the whole module and its optimizers' states here, for who reads or changes all of them."""
+
     def samples_of(self, x: Any) -> int:
         """How many samples of a batch, or of a piece of one, count here: the length of its first tensor."""
         return len(x) if isinstance(x, Tensor) else len(next(leaf for leaf in leaves(x) if isinstance(leaf, Tensor)))
@@ -130,6 +150,14 @@ class Single:
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         """Leaves the mean of all processes' gradients in the parameters, before an optimizer step."""
 
+    @staticmethod
+    def clip_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_`, with a norm that is whole where gradients are parts."""
+        norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
     def sum(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         """The sums over all processes of scalars on the device."""
         return values
@@ -145,6 +173,10 @@ class Single:
     def collect(self, value: Any) -> list[Any]:
         """Plain data of all processes, in their order."""
         return [value]
+
+    def announce(self, value: Any) -> Any:
+        """What the process that measures has found, for all of them: plain data."""
+        return value
 
     def share_failure(self, error: Exception | None) -> Exception | None:
         """What rank 0, which writes for all, has failed with: each process is to fail where it does."""

@@ -30,6 +30,8 @@ from .rates import set_rate
 class _Averaging(Callback):
     """Averages by the names of the parameters, their way into the module, and its own values back again."""
 
+    needs_all_parameters = True
+
     def __init__(self) -> None:
         self._averages: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}  # the module's, while averages are in their place

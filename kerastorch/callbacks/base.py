@@ -39,6 +39,9 @@ class Callback:
     rank_zero_only: bool = False
     """Whether it only shows or writes what the run does: of several processes, rank 0 alone calls it."""
 
+    needs_all_parameters: bool = False
+    """Whether it works on all parameters or gradients together within a run, which not every backend has anywhere."""
+
     takes_outputs: bool = False
     """Whether predictions are its own business: `predict` then keeps none of them in memory and returns `None`."""
 

@@ -429,6 +429,7 @@ class ModelCheckpoint(Monitoring):
         if self._thread is None:
             return self.model.save_weights if self.save_weights_only else self.model.save
         if self.save_weights_only:
+            self.model.backend.gather_state()
             state, write_state = self.model.backend.whole(self.model.module.state_dict()), write_weights
         else:
             state, write_state = state_of(self.model, self.model._callbacks), write

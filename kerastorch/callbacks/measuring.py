@@ -46,6 +46,8 @@ class GradNorm(Callback):
     Source: the values are those of Lightning's `grad_norm`.
     """
 
+    needs_all_parameters = True
+
     def __init__(self, norm: float | str = 2, *, per_layer: bool = False, every: int = 1) -> None:
         if isinstance(norm, bool) or not isinstance(norm, (Real, str)) or norm not in NORMS:
             raise ValueError(f"norm={norm!r} is not known. Give 1, 2, math.inf or 'inf'.")

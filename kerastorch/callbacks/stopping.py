@@ -131,6 +131,7 @@ class EarlyStopping(Monitoring):
         if self.best_weights is not None and self.restore_best_weights:
             if self.verbose:
                 say(f"Restoring model weights from the end of the best epoch: {self.best_epoch + 1}.")
+            self.model.backend.gather_state()
             self.model.module.load_state_dict(self.best_weights)
 
     def judge(self, epoch: int, logs: MutableMapping, value: float) -> None:
@@ -190,6 +191,7 @@ class EarlyStopping(Monitoring):
 
     def _weights(self) -> dict[str, Any]:
         """A copy of the module's state in CPU memory: an accelerator's may be too small for a second one."""
+        self.model.backend.gather_state()
         return {name: _copied(value) for name, value in self.model.module.state_dict().items()}
 
     def _refuse_crossed_thresholds(self) -> None:

@@ -74,6 +74,7 @@ class TensorBoard(Logger):
         update_freq: str | int = "epoch",
     ) -> None:
         super().__init__(update_freq, "update_freq")
+        self.needs_all_parameters = bool(histogram_freq)
         if not os.fspath(log_dir):
             raise ValueError("TensorBoard was given an empty log_dir. Give a folder, e.g. 'logs/first'.")
         if not isinstance(histogram_freq, Integral) or isinstance(histogram_freq, bool) or histogram_freq < 0:

@@ -73,6 +73,7 @@ class Unfreeze(Callback):
         self._is_loaded = False
         if epoch < self.at_epoch or self._is_unfrozen:
             return
+        self.model.backend.gather_state()
         if self.lr is not None and not self._has_begun:
             self._give_rate(is_training=True)
         self.model.unfreeze(self.pattern)

@@ -22,7 +22,7 @@ from ..callbacks.base import Callback, hooks_of
 from ..losses import parts_of, warn_of_final_softmax
 from ..precision import LOW
 from ..seeding import random_state_kept
-from ..step import Recipe, Update, forward, open_windows, optimizer_step
+from ..step import Recipe, Update, evaluation_step, forward, open_windows, optimizer_step
 from ..structures import leaves, map_structure
 from ..tracker import Tracker, copies
 from .layers import ROOT, Layers
@@ -147,6 +147,7 @@ class Trial(Seen):
             tracker,
             hooks_of([watch]),
             model.backend,
+            evaluation_step,
             updates=compiled.updates,
             device=model.backend.device,
             frozen=model._frozen,
@@ -226,6 +227,7 @@ class Trial(Seen):
             tracker,
             hooks_of(()),
             model.backend,
+            evaluation_step,
             device=model.backend.device,
         )
         batches = model._batches(self.validation.batches(0), is_evaluated=True)

@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.multiprocessing import start_processes
 
-from kerastorch.backends.pipeline import Count, MeanLoss, Pipeline
+from kerastorch.backends.engine import Count, Engine, MeanLoss
 
 SAMPLES, IGNORED = 53, -100
 CASES: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {}
@@ -177,7 +177,7 @@ def by_hand(module: nn.Module, optimizer: Any, data: list, loss: Callable, epoch
 
 
 def in_stages(
-    pipeline: Pipeline,
+    pipeline: Engine,
     module: nn.Module,
     optimizer: Any,
     data: list,
@@ -215,7 +215,7 @@ def compared(
     given, shapes = [*many.parameters()], [parameter.shape for parameter in many.parameters()]
     rules = rule(one.parameters()), rule(many.parameters())
     seen = by_hand(one, rules[0], data, loss)
-    pipeline = Pipeline(**options)
+    pipeline = Engine(**options)
     pipeline.start(many, cut(x, slice(0, 2)))
     pipeline.adopt(rules[1])
     assert [parameter.shape for parameter in many.parameters()] == shapes
@@ -361,7 +361,7 @@ def normed(number: int = 4, **options: Any) -> dict[str, Any]:
     one, many = convnet(True), convnet(True)
     rules = sgd(one.parameters()), sgd(many.parameters())
     in_pieces(one, rules[0], data, number)
-    pipeline = Pipeline(microbatches=number, balance=["4"], **options)
+    pipeline = Engine(microbatches=number, balance=["4"], **options)
     pipeline.start(many, x[:2])
     pipeline.adopt(rules[1])
     for batch, target in data:
@@ -392,7 +392,7 @@ def inputs_changed_once() -> dict[str, Any]:
     x, _ = points()
     torch.manual_seed(7)
     module = nn.Sequential(Halve(), nn.Linear(8, 8), nn.Linear(8, 3))
-    pipeline = Pipeline(microbatches=3)
+    pipeline = Engine(microbatches=3)
     expected = module(x.clone())
     pipeline.start(module, x[:2].clone())
     output = pipeline.forward(x.clone(), to="all")
@@ -407,7 +407,7 @@ def accumulated() -> dict[str, Any]:
     data = [*batches(x, y, 48)]
     one, many = mlp(), mlp()
     rules = sgd(one.parameters()), sgd(many.parameters())
-    pipeline = Pipeline(microbatches=3)
+    pipeline = Engine(microbatches=3)
     pipeline.start(many, x[:2])
     pipeline.adopt(rules[1])
     for _ in range(3):
@@ -433,7 +433,7 @@ def frozen_then_not() -> dict[str, Any]:
     data = [*batches(x, y, SAMPLES)]
     one, many = mlp(), mlp()
     rules = adamw(one.parameters()), adamw(many.parameters())
-    pipeline = Pipeline(microbatches=3, balance=["6"])
+    pipeline = Engine(microbatches=3, balance=["6"])
     pipeline.start(many, x[:2])
     pipeline.adopt(rules[1])
     for trained in ((), ("4",), ("4", "0")):
@@ -470,9 +470,9 @@ def resumed() -> dict[str, Any]:
     rules = adamw(one.parameters()), adamw(many.parameters())
     by_hand(one, rules[0], data, masked, epochs=4)
     by_hand(many, rules[1], data, masked, epochs=1)
-    pipeline = Pipeline(microbatches=3)
+    pipeline = Engine(microbatches=3)
     for options in ({"microbatches": 4}, {"schedule": "interleaved1f1b", "microbatches": 2}):
-        pipeline = Pipeline(**options)
+        pipeline = Engine(**options)
         pipeline.start(many, x[:2])
         pipeline.adopt(rules[1])
         in_stages(pipeline, many, rules[1], data, MASKED, epochs=1)
@@ -498,7 +498,7 @@ def random_numbers() -> dict[str, Any]:
     box = [one.state_dict()]
     dist.broadcast_object_list(box, 0)
     one.load_state_dict(box[0])
-    pipeline = Pipeline(microbatches=4, schedule="gpipe", balance=["2"])
+    pipeline = Engine(microbatches=4, schedule="gpipe", balance=["2"])
     pipeline.start(many, x[:2])
     torch.manual_seed(5)
     for part, target in zip(x[7:47].split(10), y[7:47].split(10), strict=True):
@@ -523,7 +523,7 @@ def lengths_that_vary() -> dict[str, Any]:
         for size in (9, 4, 8, 5, 7, 6, 3, 9)
     ]
     seen = by_hand(one, rules[0], data, two_losses, epochs=2)
-    pipeline = Pipeline(microbatches=4)
+    pipeline = Engine(microbatches=4)
     pipeline.start(many, data[0][0])
     pipeline.adopt(rules[1])
     trained = in_stages(pipeline, many, rules[1], data, TwoLosses(), epochs=2)
@@ -539,7 +539,7 @@ def under_autocast() -> dict[str, Any]:
     one, many = mlp(), mlp()
     rules = sgd(one.parameters()), sgd(many.parameters())
     low = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
-    pipeline = Pipeline(microbatches=1, balance=["5"])
+    pipeline = Engine(microbatches=1, balance=["5"])
     pipeline.start(many, x[:2], context=low)
     pipeline.adopt(rules[1])
     for _ in range(3):
@@ -571,15 +571,15 @@ def refusals() -> dict[str, Any]:
         return ""
 
     x, _ = points()
-    pipeline, scalar = Pipeline(microbatches=3), Pipeline(microbatches=3)
+    pipeline, scalar = Engine(microbatches=3), Engine(microbatches=3)
     module = mlp()
     pipeline.start(module, x[:2])
     wrong = {**pipeline.state_dict(to=None), "another": torch.zeros(1)}
     assert [float(one) for one in pipeline.sum([torch.tensor(2.0), torch.tensor(pipeline.rank)])] == [4.0, 1.0]
     found = {
-        "stages": message(lambda: Pipeline(stages=3).start(mlp(), x[:2])),
-        "interleaved stages": message(lambda: Pipeline(stages=2, schedule="loopedbfs").start(mlp(), x[:2])),
-        "checkpoint": message(lambda: Pipeline(checkpoint_activations="layers.*").start(mlp(), x[:2])),
+        "stages": message(lambda: Engine(stages=3).start(mlp(), x[:2])),
+        "interleaved stages": message(lambda: Engine(stages=2, schedule="loopedbfs").start(mlp(), x[:2])),
+        "checkpoint": message(lambda: Engine(checkpoint_activations="layers.*").start(mlp(), x[:2])),
         "lbfgs": message(lambda: pipeline.adopt(torch.optim.LBFGS(module.parameters()))),
         "state": message(lambda: pipeline.load_state_dict(wrong)),
         "shape": message(lambda: pipeline.load_state_dict({name: torch.zeros(1) for name in [*wrong][:-1]})),
@@ -588,7 +588,7 @@ def refusals() -> dict[str, Any]:
     scalar.start(summed, x[:2])
     found["scalar"] = message(lambda: scalar.forward(x[:6]))
     spectra = nn.Sequential(nn.Linear(8, 8), Spectrum(), nn.Linear(8, 8), nn.Linear(8, 3))
-    turned = Pipeline(microbatches=3, balance=["2"])
+    turned = Engine(microbatches=3, balance=["2"])
     turned.start(spectra, x[:2])
     if dist.get_rank() == 0:
         found["complex"] = message(lambda: turned.train((x[:6], x[:6, :1], None), MASKED))

@@ -1,10 +1,11 @@
-"""A pipeline computes what one process does: two and four processes run `pipeline_ranks.py`."""
+"""A pipeline computes what one process does: the engine by itself, in two and four processes, and runs of `Model`."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kerastorch.backends.pipeline import Pipeline
+import kerastorch as kt
+from kerastorch import backends, losses
+from kerastorch.backends.engine import Engine
 from kerastorch.backends.stages import balanced, bound, split
+from tests.backends import going_on, pipeline_runs
+from tests.backends.cases import ADAM, CASES, SGD, X, Y, mlp
+from tests.backends.cases import differences as differences_here
+from tests.backends.ranks import torchrun
 
 HERE = Path(__file__).parent
 LIMIT_S = 240
@@ -149,7 +156,7 @@ def test_what_cannot_be_is_refused(two, case, message):
 )
 def test_options_are_checked_at_once(options, error, message):
     with pytest.raises(error, match=message):
-        Pipeline(**options)
+        Engine(**options)
 
 
 def layers(*widths: int) -> nn.Sequential:
@@ -318,3 +325,135 @@ def test_a_part_with_hooks_is_not_gone_into():
     module = nn.Sequential(layers(4, 4, 4), layers(4, 4, 4))
     module[0].register_forward_hook(lambda *given: None)
     assert split(module, 2, torch.zeros(1, 4)).units == (("0",), ("1.0", "1.1"))
+
+
+# Runs of Model.
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What two ranks of `pipeline_runs.py` found, and the folder with what they have written."""
+    folder = tmp_path_factory.mktemp("runs")
+    ran = torchrun(HERE / "pipeline_runs.py", str(folder))
+    assert ran.returncode == 0, ran.stderr[-6000:]
+    return json.loads((folder / "found.json").read_text()), folder
+
+
+@pytest.mark.parametrize("name", [*pipeline_runs.SAME, *pipeline_runs.MORE, "other options", "several stages each"])
+def test_a_model_in_two_stages_is_trained_as_in_one_process(runs, name):
+    assert_same(runs[0][name], {"double": 1e-12, "sums": 1e-4}.get(name, 1e-6))  # sums are some 50
+
+
+def assert_same(found, largest):
+    first, other = found["stopped_by"]
+    assert first == other
+    assert all(found[what] <= largest for what in ("weights", "history", "evaluate", "predict")), found
+
+
+def test_a_callback_on_any_rank_sees_loss_samples_and_norm_of_each_batch(runs):
+    assert max(runs[0]["heard"].values()) < 1e-6
+
+
+def test_bf16_is_computed_in_the_stages_and_measured_in_float32(runs):
+    assert runs[0]["bf16"]["evaluate"] < 1e-3
+    assert runs[0]["bf16"]["dtypes"] == ["float32", "float32"]
+
+
+def test_batch_norm_of_a_model_sees_microbatches(runs):
+    assert runs[0]["batch_norm"] < 1e-6
+
+
+def test_stages_draw_random_numbers_of_their_own(runs):
+    (alike,) = runs[0]["alone"]
+    assert 0.3 < alike < 0.7  # of two masks of 0.5
+
+
+def test_files_of_a_pipeline_are_those_of_one_process(runs):
+    found, folder = runs
+    assert found["saved"]["again"] < 1e-6
+    model = kt.Model(mlp(seed=2), backend="cpu").compile(**ADAM).load(folder / "run.pt")
+    weights = kt.Model(mlp(seed=3), backend="cpu").load_weights(folder / "epoch2.safetensors")
+    kt.set_seed(3)
+    one = kt.Model(mlp(), backend="cpu").compile(**ADAM)
+    one.fit(X, Y, epochs=2, verbose=0)
+    for name, tensor in one.module.state_dict().items():
+        torch.testing.assert_close(model.module.state_dict()[name], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(weights.module.state_dict()[name], tensor, rtol=0, atol=1e-6)
+    assert model.epochs_trained == 2
+    states = [list(one.optimizer.state_dict()["state"].values()) for one in (model, one)]
+    for own, other in zip(*states, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("precision", "precision='16' does not go with backend=Pipeline: .* Give precision='bf16'."),
+        ("loss", "loss=None does not go with backend=Pipeline: .* Give compile a loss."),
+        ("compute_loss", "an override of compute_loss does not go with backend=Pipeline"),
+        ("train_step", "an override of train_step does not go with backend=Pipeline"),
+        ("tbptt", "tbptt_steps does not go with backend=Pipeline"),
+        ("jit", "jit does not go with backend=Pipeline"),
+        ("closure", "an optimizer with a closure does not go with backend=Pipeline"),
+        ("microbatch", r"microbatch does not go with backend=Pipeline: .* Give Pipeline\(microbatches=...\)."),
+        ("window", "accumulate=2 was given with losses that are means over different things"),
+        ("callback", "a callback of all parameters does not go with backend=Pipeline"),
+        ("cut", "the module cannot be cut into 2 stages"),
+        ("stages", "stages=3, but there are 2 processes"),
+    ],
+)
+def test_what_a_pipeline_of_a_model_cannot_do_is_refused(runs, name, said):
+    assert re.match(said, runs[0]["refusals"][name])
+
+
+def test_after_an_error_a_rank_has_its_stages_and_says_that_the_others_are_lost(runs):
+    failed = runs[0]["failed"]
+    assert failed["said"].startswith("of all ranks")
+    assert failed["lost"] == [[False, False, True, True], [True, True, False, False]]
+
+
+def test_a_pipeline_that_died_ends_as_the_one_that_did_not(tmp_path):
+    """In the middle of an epoch and of a window: bit for bit, with what each rank has drawn for itself."""
+    options = {"backend": "Pipeline", "stages": 2, "microbatches": 3, "timeout_s": 60}
+    ran = torchrun(HERE / "going_on.py", json.dumps(options), str(tmp_path))
+    assert ran.returncode == 0, ran.stderr[-6000:]
+    ends = torch.load(tmp_path / "ends.pt", weights_only=True)
+    for name in ("arrays", "dropout", "loader"):
+        one, other = ends[name], ends[f"{name}, gone on with"]
+        assert all(torch.equal(one["module"][key], other["module"][key]) for key in one["module"])
+        assert all(one[key] == other[key] for key in one.keys() - {"module"})
+    gone_on = going_on.end_of(*going_on.fit("cpu", resume=tmp_path / "cut.pt"))
+    assert gone_on["loss"] == pytest.approx(ends["arrays"]["loss"], abs=0.1)  # BatchNorm has seen whole batches since
+    assert gone_on["loss"][0] == ends["arrays"]["loss"][0]
+
+
+def test_ranks_that_fit_starts_are_stages_and_what_they_did_is_brought_back():
+    assert_same(differences_here(CASES["everything at once"], backends.Pipeline(2, 4, timeout_s=60)), 1e-6)
+    model = kt.Model(mlp(), backend=backends.Pipeline(2, timeout_s=60)).compile(**SGD | {"optimizer": "adam"})
+    history = model.fit(X, Y, epochs=2, verbose=0)
+    assert history is model.history and model.epochs_trained == 2 and model.steps_taken == 2 * 4
+    assert {float(state["step"]) for state in model.optimizer.state.values()} == {8.0}
+    assert len(model.optimizer.state) == 4
+
+
+def test_one_process_is_no_pipeline():
+    with pytest.raises(ValueError, match=r"stages=1 makes one process here, which is no pipeline. Give stages=2"):
+        backends.Pipeline(1)
+    with pytest.raises(ValueError, match="microbatches=0 is less than 1"):
+        backends.Pipeline(2, microbatches=0)
+    with pytest.raises(ValueError, match="precision='16' does not go with backend=Pipeline"):  # before any rank starts
+        kt.Model(mlp(), backend=backends.Pipeline(2)).compile(**SGD, precision="16")
+
+
+def test_targets_are_counted_before_a_loss_was_computed():
+    """On ranks that compute none; the masks of a run are in targets that are known, or may be in those that are not."""
+    target, output = torch.tensor([1, -100, 2]), torch.zeros(3, 4, device="meta")
+    loss = losses.get("cross_entropy")
+    loss.expect(target)
+    assert loss.counts(output, target, 3) == {"": 2}
+    loss.expect(target[::2])
+    assert loss.counts(output[::2], target[::2], 2) == {"": 2}
+    both = losses.get({"a": "cross_entropy", "b": "mse"})
+    both.expect({"a": target, "b": target})
+    counted = both.counts({"a": output, "b": output}, {"a": target, "b": target}, 3)
+    assert counted == {("targets of", "a"): 2, ("samples", ""): 3}

@@ -53,7 +53,7 @@ def run(net, data, values, *arguments, epochs=None, initial_epoch=0, callback=No
 def judged(values, **options):
     """Numbers alone: the callback, and the epoch in which it stopped or `None`."""
     callback = EarlyStopping("x", **options)
-    callback.set_model(SimpleNamespace(stop_training=False, module=nn.Linear(1, 1)))
+    callback.set_model(SimpleNamespace(stop_training=False, backend=kt.backends.CPU(), module=nn.Linear(1, 1)))
     callback.on_train_begin({})
     for epoch, value in enumerate(values):
         callback.on_epoch_begin(epoch, {})
@@ -138,7 +138,7 @@ def test_it_says_why(values, options, reason):
 
 def test_with_several_validations_in_an_epoch_patience_counts_them():
     callback = EarlyStopping(patience=3, restore_best_weights=True)
-    callback.set_model(SimpleNamespace(stop_training=False, module=nn.Linear(1, 1)))
+    callback.set_model(SimpleNamespace(stop_training=False, backend=kt.backends.CPU(), module=nn.Linear(1, 1)))
     callback.on_train_begin({})
     callback.on_epoch_begin(0, {})
     for value in (3.0, 2.0, 2.0, 2.5):
@@ -347,7 +347,7 @@ def test_weights_of_a_mean_of_the_training_are_those_at_the_end_of_the_epoch(net
 def test_weights_of_a_value_without_a_validation_of_ours_are_those_of_the_moment():
     """Another callback measured it, say."""
     module, callback = nn.Linear(1, 1), EarlyStopping(patience=9, restore_best_weights=True)
-    callback.set_model(SimpleNamespace(stop_training=False, module=module))
+    callback.set_model(SimpleNamespace(stop_training=False, backend=kt.backends.CPU(), module=module))
     nn.init.constant_(module.weight, 9.0)
     callback.on_test_end({"loss": 0.5})  # of an evaluation outside
     callback.on_train_begin({})
