@@ -80,6 +80,8 @@ class DDP(Ranks):
     def running(self, module: nn.Module) -> Iterator[None]:
         was_running = self._is_running
         with ExitStack() as stack:
+            if not was_running:
+                stack.callback(self._leave_module)
             stack.enter_context(super().running(module))
             if self.is_joined and not was_running:
                 stack.enter_context(normalizing(module, self))
@@ -107,6 +109,10 @@ class DDP(Ranks):
         super().load_state_dict(state)
         if state.get("is_wrapped") and self._module is not None:  # at once: sums would be rounded otherwise
             self._wrap(has_all=True)
+
+    def _leave_module(self) -> None:
+        self._module = None
+        self._forget()
 
     def _forget(self) -> None:
         self._wrapped: nn.parallel.DistributedDataParallel | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
+import random
 import tempfile
 import time
 import warnings
@@ -24,6 +25,7 @@ from math import ceil
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -217,6 +219,10 @@ class Ranks(Single):
         common = torch.get_rng_state()
         dist.broadcast(common, src=0, group=self.hosts)
         torch.set_rng_state(common)
+        others = [random.getstate(), np.random.get_state()]  # samplers may draw from these
+        dist.broadcast_object_list(others, src=0, group=self.hosts)
+        random.setstate(others[0])
+        np.random.set_state(others[1])
         seed = int.from_bytes(hashlib.sha256(common.numpy().tobytes() + bytes([self.rank])).digest()[:7], "big")
         self.own_random = torch.Generator().manual_seed(seed).get_state()
         if self.device.type in GPUS:

@@ -303,3 +303,13 @@ def test_one_process_is_started_nowhere():
     model = kt.Model(nn.Linear(64, 10), backend=backends.DDP(1)).compile("sgd", "cross_entropy")
     assert model.fit(X, Y, verbose=0).epoch == [0]
     assert model.backend.world == 1 and not torch.distributed.is_initialized()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("backend", ["DDP", "FSDP"])
+def test_one_rank_on_a_gpu_trains_as_the_cpu(tmp_path, backend):
+    """By NCCL, which all gradients and sums go through."""
+    found = differences(tmp_path, {"backend": backend, "devices": 1, "timeout_s": 60}, *FEW, ranks=1)
+    for one in found.values():
+        assert_same(one, 1e-4)
