@@ -98,8 +98,13 @@ class Ending:
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether a signal asked for the end."""
+        """Whether a signal asked for the end, and all processes know."""
         return self.interrupted_by is not None
+
+    @property
+    def is_signalled(self) -> bool:
+        """Whether a signal came to this process."""
+        return self._signal is not None
 
     def interrupt(self, by: str = "interrupt") -> None:
         """A signal came: it ends the run once all processes know of it."""

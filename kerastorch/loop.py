@@ -169,7 +169,7 @@ def train_epoch(
             if (model.stop_epoch or model.stop_training or ending.is_near) and ending.ends_epoch():
                 break
     except KeyboardInterrupt:
-        if ending.is_interrupted:  # the second one: at once
+        if ending.is_signalled:  # the second one: at once
             raise
         ending.break_off()
     if ending.is_near or model.stop_training:
@@ -316,7 +316,7 @@ def _stoppable(ending: Ending) -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         name = signal.Signals(number).name
-        if name == "SIGINT" and ending.is_interrupted:
+        if name == "SIGINT" and ending.is_signalled:
             raise KeyboardInterrupt
         ending.interrupt("interrupt" if name == "SIGINT" else name)
         if name == "SIGINT" and ending.history.params["verbose"]:

@@ -119,6 +119,8 @@ def _as_rank(call: Callable[[], Any], folder: str) -> bytes | None:
         return packed.getvalue()
     except BaseException as error:
         _put_down(error, Path(folder, f"{rank}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.error"))
+        if isinstance(error, KeyboardInterrupt):  # which torch takes for a good end, and then waits for a result
+            raise SystemExit(130) from error
         raise
     finally:
         if dist.is_initialized():
@@ -161,7 +163,7 @@ def raise_first_failure(folder: Path, processes: int, error: Any) -> None:
         raise RuntimeError(f"rank {rank} {_end_of(codes.get(rank))}; the others were ended.") from None
     rank, first = min((causes or said).items(), key=lambda pair: pair[1]["time"])
     known = getattr(builtins, first["type"], RuntimeError)
-    kind = known if isinstance(known, type) and issubclass(known, Exception) else RuntimeError
+    kind = known if isinstance(known, type) and issubclass(known, (Exception, KeyboardInterrupt)) else RuntimeError
     raise kind(f"{first['message']} (rank {rank})") from RankError(f"in rank {rank}:\n{first['traceback']}")
 
 

@@ -241,10 +241,26 @@ def test_a_signal_to_torchrun_ends_the_ranks_at_one_step_with_all_saved(tmp_path
     assert (tmp_path / "last.pt").exists()
 
 
-def send_when_started(process, name, folder):
+def test_a_second_ctrl_c_ends_ranks_at_once(tmp_path):
+    options = json.dumps({"backend": "DDP", "devices": 2})
+    process = start([sys.executable, str(HERE / "signalled.py"), options, str(tmp_path), "30"])
+    wait_until_started(tmp_path)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.5)  # each rank sleeps in a hook, which another one breaks off
+    os.kill(process.pid, signal.SIGINT)
+    ran = finished(process, limit_s=20)
+    assert "KeyboardInterrupt" in ran.stderr and not in_session(process.pid)
+    assert not (tmp_path / "end.json").exists()
+
+
+def wait_until_started(folder):
     until = time.monotonic() + 60
     while not (folder / "started").exists() and time.monotonic() < until:
         time.sleep(0.05)
+
+
+def send_when_started(process, name, folder):
+    wait_until_started(folder)
     os.kill(process.pid, getattr(signal, name))
     finished(process, limit_s=60)
     assert not in_session(process.pid)
