@@ -6,6 +6,7 @@ Nothing in here has seen a TPU. What needs one is skipped without one and says s
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import subprocess
 import sys
@@ -28,8 +29,10 @@ alone = pytest.mark.skipif(CORES > 1, reason="the same with one core")
 
 @pytest.fixture(scope="module")
 def xla():
+    if importlib.util.find_spec("torch_xla") is None:
+        pytest.skip("needs torch_xla, which has an environment of its own")
     os.environ.setdefault("PJRT_DEVICE", "CPU")
-    return pytest.importorskip("torch_xla", reason="needs torch_xla, which has an environment of its own")
+    return importlib.import_module("torch_xla")
 
 
 @pytest.fixture
