@@ -46,7 +46,7 @@ class Ours:
     """The same of kerastorch's."""
 
     def __init__(self, rates=(0.5,)):
-        self.stop_training, self.module = False, nn.Linear(1, 1)
+        self.stop_training, self.module, self.backend = False, nn.Linear(1, 1), kt.backends.CPU()
         names = [""] if len(rates) == 1 else [f"o{i}" for i in range(len(rates))]
         self.updates = {
             name: SimpleNamespace(
