@@ -8,6 +8,7 @@ forked process are gone; its GPUs are its own.
 from __future__ import annotations
 
 import builtins
+import gc
 import io
 import json
 import multiprocessing
@@ -66,11 +67,14 @@ def launch(processes: int, call: Callable[[], Any], max_restarts: int = 0) -> An
             start_method="fork",
         )
         sys.stdout.flush()  # else each rank would print again what waits here
+        exit_codes = None
         try:
             with _signals_forwarded(Path(folder)), _quiet():
                 returned = _in_thread(partial(elastic_launch(config, _as_rank), call, folder))
-        except ChildFailedError as error:
-            raise_first_failure(Path(folder), processes, error)
+        except ChildFailedError as error:  # not kept, nor what its traceback holds: the launcher's store and threads
+            exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if exit_codes is not None:
+            raise_first_failure(Path(folder), processes, exit_codes)
         return torch.load(io.BytesIO(returned[0]), weights_only=False)  # of this process's own child, through a pipe
 
 
@@ -88,7 +92,7 @@ def _in_thread(function: Callable[[], Any]) -> Any:
     thread.start()
     thread.join()
     if raised:
-        raise raised[0]
+        raise raised.pop()
     return returned[0]
 
 
@@ -118,7 +122,7 @@ def _as_rank(call: Callable[[], Any], folder: str) -> bytes | None:
         torch.save(returned, packed)
         return packed.getvalue()
     except BaseException as error:
-        _put_down(error, Path(folder, f"{rank}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.error"))
+        _put_down(error, Path(folder), rank, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         if isinstance(error, KeyboardInterrupt):  # which torch takes for a good end, and then waits for a result
             raise SystemExit(130) from error
         raise
@@ -136,10 +140,11 @@ def _begin(pid_file: Path) -> None:
         number = getattr(signal, name)
         signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
     torch.set_num_threads(1)
+    gc.freeze()  # what the calling process has left, such as the store of an earlier launch, waits for its threads
     pid_file.write_text(str(os.getpid()))
 
 
-def _put_down(error: BaseException, path: Path) -> None:
+def _put_down(error: BaseException, folder: Path, rank: str, attempt: str) -> None:
     """Leaves an error for the process that waits: as text, the earliest of all ranks' being the cause of the others."""
     words = {
         "time": time.time(),
@@ -147,20 +152,28 @@ def _put_down(error: BaseException, path: Path) -> None:
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    path.write_text(json.dumps(words))
+    partly = folder / f"{rank}.{attempt}.partly"
+    partly.write_text(json.dumps(words))
+    partly.rename(partly.with_suffix(".error"))  # whole or not at all: a rank can be ended at any time
 
 
-def raise_first_failure(folder: Path, processes: int, error: Any) -> None:
-    """Raises what the first rank to fail has raised; one that was killed has left nothing to say."""
+def raise_first_failure(folder: Path, processes: int, exit_codes: dict[int, int]) -> None:
+    """Raises what the first rank to fail has raised; one that was killed has left nothing to say.
+
+    Args:
+        folder: Where the ranks have put down their errors.
+        processes: How many ranks there were.
+        exit_codes: By rank, of those that the launcher found ended.
+    """
     attempts = [(int(one.suffixes[0][1:]), one) for one in folder.glob("*.error")]
     last = max((attempt for attempt, _ in attempts), default=0)
     said = {one.name.split(".")[0]: json.loads(one.read_text()) for attempt, one in attempts if attempt == last}
     causes = {rank: words for rank, words in said.items() if not _is_of_another(words)}
     silent = [rank for rank in range(processes) if str(rank) not in said]
     if silent and not causes:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items() if rank in silent}
-        rank = next(iter(codes), silent[0])
-        raise RuntimeError(f"rank {rank} {_end_of(codes.get(rank))}; the others were ended.") from None
+        ended = [rank for rank, code in exit_codes.items() if rank in silent and code != -signal.SIGTERM]
+        rank = [*ended, *silent][0]  # by SIGTERM the launcher ends the others
+        raise RuntimeError(f"rank {rank} {_end_of(exit_codes.get(rank))}; the others were ended.")
     rank, first = min((causes or said).items(), key=lambda pair: pair[1]["time"])
     known = getattr(builtins, first["type"], RuntimeError)
     kind = known if isinstance(known, type) and issubclass(known, (Exception, KeyboardInterrupt)) else RuntimeError

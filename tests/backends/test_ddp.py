@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -191,6 +192,31 @@ def test_a_rank_that_fails_ends_the_run_of_all_with_its_own_error(tmp_path, fail
     assert not in_session(process.pid)
     if "LookupError" in failure:
         assert "script.py" in ran.stderr.split("in rank 1:")[1]  # the line where it was raised
+
+
+class Fails(kt.callbacks.Callback):
+    adds_to_logs = ()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.model.backend.rank == 0:
+            raise LookupError("the cause")
+
+
+class Collect(kt.callbacks.Callback):
+    adds_to_logs = ()
+
+    def on_train_begin(self, logs=None):
+        gc.collect()
+
+
+@pytest.mark.timeout(60)
+def test_ranks_do_not_wait_for_what_an_earlier_launch_has_left():
+    model = kt.Model(nn.Linear(64, 10), backend=kt.backends.DDP(2, timeout_s=20)).compile("sgd", "cross_entropy")
+    for _ in range(2):
+        with pytest.raises(LookupError, match=r"the cause.* \(rank 0\)"):
+            model.fit(X, Y, epochs=1, verbose=0, callbacks=[Fails()])
+    history = model.fit(X, Y, epochs=1, verbose=0, callbacks=[Collect()])  # a store of theirs would wait for threads
+    assert history.epoch == [0]
 
 
 def test_a_rank_that_fails_ends_all_that_torchrun_has_started(tmp_path):
