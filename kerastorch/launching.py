@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from .callbacks.base import Callback
+from .samples import generators_in
+from .seeding import Generator, random_state, set_random_state
 from .state import restore, state_of
 
 VERBS = ("fit", "evaluate", "predict")
@@ -25,11 +27,16 @@ def launch_verbs(model: Any) -> None:
 def _launched(model: Any, name: str, *args: Any, **options: Any) -> Any:
     if not model.backend.starts_ranks:  # this is one of them
         return getattr(type(model), name)(model, *args, **options)
-    return _take_back(model, model.backend.launch(partial(_in_rank, model, name, args, options)), options)
+    generators = generators_in([args, options, model.module])
+    call = partial(_in_rank, model, name, args, options, generators, random_state(generators))
+    return _take_back(model, model.backend.launch(call), options, generators)
 
 
-def _in_rank(model: Any, name: str, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
+def _in_rank(
+    model: Any, name: str, args: tuple, options: dict[str, Any], generators: list[Generator], random: dict[str, Any]
+) -> dict[str, Any]:
     """What a process that was started for it does: the verb, and what of it the calling process needs."""
+    set_random_state(random, generators)  # the launcher has drawn some
     model.backend.join()
     arrive(model)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and name == "fit":
@@ -43,6 +50,7 @@ def _in_rank(model: Any, name: str, args: tuple, options: dict[str, Any]) -> dic
         "trained": trained,
         "callbacks": callbacks,
         "steps": model.steps_taken,
+        "random": random_state(generators) | {"cuda": [], "mps": None},  # the calling process leaves GPUs alone
     }
 
 
@@ -82,8 +90,9 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, bytes, bool, int, float, torch.Tensor))
 
 
-def _take_back(model: Any, brought: dict[str, Any], options: Mapping[str, Any]) -> Any:
+def _take_back(model: Any, brought: dict[str, Any], options: Mapping[str, Any], generators: list[Generator]) -> Any:
     value = brought["value"]
+    set_random_state(brought["random"], generators)
     for name, parameter in model.module.named_parameters():
         parameter.requires_grad_(name in set(brought["trained"]))
     _regroup(model, brought["state"])

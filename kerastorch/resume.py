@@ -254,8 +254,8 @@ def _found(resume: Any, callbacks: Sequence[Any], collect: Callable) -> tuple[di
     if resume:
         _refuse_no_savers(callbacks)
         files += [path for one in callbacks if hasattr(one, "saved_files") for path in one.saved_files()]
-    files = sorted({*files}, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return _first_readable([Path(path) for path in collect([str(path) for path in files])[0]])  # those of rank 0
+    files = collect([str(path) for path in files if path.exists()])[0]  # rank 0 has written them
+    return _first_readable(sorted({*map(Path, files)}, key=lambda path: path.stat().st_mtime_ns, reverse=True))
 
 
 def _refuse_no_savers(callbacks: Sequence[Any]) -> None:

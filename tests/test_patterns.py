@@ -130,7 +130,7 @@ def test_a_frozen_backbone_is_that_of_a_loop_by_hand(net, digits, when):
         (["*.1*"], {"backbone.1", "head.1"}),
         (["*[med]"], {"backbone.1", "norm", "head.1"}),  # `norm` has no parameters, but its name fits
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_norm_is_frozen_with_all_its_parameters(net, digits, patterns, frozen_norms, at_once):

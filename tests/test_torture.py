@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs the sig
 EPOCHS, SAMPLES = 3, 700
 
 
-@pytest.mark.parametrize(("kind", "kills"), [("loader", 1), ("workers", 2)])
+@pytest.mark.parametrize(("kind", "kills"), [("workers", 2), ("ranks", 1)])
 def test_a_script_that_is_killed_ends_with_the_same_files_bit_for_bit(tmp_path, kind, kills):
     torture.write_data(tmp_path / "data.pt", *torture.small_digits(), SAMPLES)
     result = torture.torture(kind, tmp_path / "data.pt", tmp_path, kills=kills, epochs=EPOCHS)

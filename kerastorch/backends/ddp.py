@@ -38,7 +38,8 @@ class DDP(Ranks):
             GPUs; or the numbers of the GPUs. Default: `"auto"`.
         num_nodes: Machines; more than one take `torchrun`. Default: as many as it started.
         weights: How much of each batch each rank takes, in proportion, for machines of different speed or memory; the
-            result does not change. Default: all the same.
+            result does not change. `"auto"` = in proportion to how fast each device multiplies matrices when the
+            ranks meet. Default: all the same.
         sync_batchnorm: Whether BatchNorm normalizes by the statistics of the global batch, as one process would, or
             each rank by those of its part. Default: `True`.
         find_unused_parameters: Whether parameters may have a gradient in some steps and none in others. Default:
@@ -57,7 +58,7 @@ class DDP(Ranks):
         devices: str | int | Sequence[int] = "auto",
         num_nodes: int | None = None,
         *,
-        weights: Sequence[float] | None = None,
+        weights: str | Sequence[float] | None = None,
         sync_batchnorm: bool = True,
         find_unused_parameters: bool = False,
         checkpoint_activations: Any = None,

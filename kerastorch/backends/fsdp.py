@@ -79,7 +79,7 @@ class FSDP(DDP):
         offload: bool = False,
         shard: str = "parameters",
         checkpoint_activations: Any = None,
-        weights: Sequence[float] | None = None,
+        weights: str | Sequence[float] | None = None,
         timeout_s: float = 600.0,
         max_restarts: int = 0,
     ) -> None:

@@ -34,6 +34,7 @@ from torch.nn.parameter import is_lazy
 
 from ..structures import join, map_structure
 from .single import Single
+from .speed import as_weights, multiplications_per_s
 
 GPUS = ("cuda", "xpu")
 AGREE_S, MOST_CALLS = 0.1, 100  # how long one rank's wish to end may wait, and for how many batches
@@ -60,7 +61,8 @@ class Ranks(Single):
         devices: Processes on this machine: `"auto"` = one for each GPU, or as many as `torchrun` started; a number, of
             CPU processes where there are no GPUs; or the numbers of the GPUs.
         num_nodes: Machines; more than one are started by `torchrun`. `None` = as many as it did.
-        weights: How much of each batch each rank takes, in proportion; `None` = all the same.
+        weights: How much of each batch each rank takes, in proportion; `"auto"` = as fast as its device multiplies
+            matrices when the ranks meet; `None` = all the same.
         timeout_s: Seconds that a rank waits for the others before it gives up.
         checkpoint_activations: As in `Single`.
     Raises:
@@ -71,7 +73,7 @@ class Ranks(Single):
         self,
         devices: str | int | Sequence[int],
         num_nodes: int | None,
-        weights: Any,
+        weights: str | Sequence[float] | None,
         timeout_s: float,
         checkpoint_activations: Any,
     ) -> None:
@@ -125,7 +127,10 @@ class Ranks(Single):
         self.hosts = dist.new_group(backend="gloo", timeout=limit)
         self.is_joined, self.starts_ranks = True, False
         self._refuse_other_world()
-        weights = [float(one) for one in self.weights or [1.0] * self.world]
+        if self.weights == "auto":
+            weights = as_weights(self.collect(multiplications_per_s(self.device)))
+        else:
+            weights = [float(one) for one in self.weights or [1.0] * self.world]
         self._bounds = [0.0, *(upto / sum(weights) for upto in accumulate(weights))]
         self.share = self._share
         if self.rank > 0:
@@ -149,7 +154,7 @@ class Ranks(Single):
         self._refuse_other_weights(self.world)
 
     def _refuse_other_weights(self, processes: int) -> None:
-        if self.weights is not None and len(self.weights) != processes:
+        if isinstance(self.weights, (list, tuple)) and len(self.weights) != processes:
             raise ValueError(
                 f"weights has {len(self.weights)} numbers, but there are {processes} processes. Give one for each."
             )
@@ -390,10 +395,12 @@ def _is_index(value: Any) -> bool:
 
 
 def _refuse_no_weights(weights: Any) -> None:
-    if weights is None:
+    if weights is None or weights == "auto":
         return
     are_numbers = isinstance(weights, (list, tuple)) and all(
         isinstance(one, Real) and not isinstance(one, bool) and 0 < one < float("inf") for one in weights
     )
     if not are_numbers or not weights:
-        raise ValueError(f"weights={weights!r} is no list of numbers above 0. Give one for each process: [1, 0.5].")
+        raise ValueError(
+            f'weights={weights!r} is no list of numbers above 0. Give one for each process, [1, 0.5], or "auto".'
+        )

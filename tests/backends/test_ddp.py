@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -14,9 +15,11 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import kerastorch as kt
 from kerastorch import backends
@@ -149,6 +152,52 @@ def test_a_script_without_a_main_guard_starts_ranks(tmp_path):
     ran = finished(process)
     said = re.findall(r"\[./2\] \d|end torch.*", ran.stdout)  # torch 2.9 has remarks of its own, of each rank
     assert said == ["[1/2] 0", "[2/2] 0", "end torch.Size([64, 1])"], (ran.stdout, ran.stderr)
+
+
+SHARED = """
+import multiprocessing, os, sys, time
+import kerastorch as kt, torch
+from torch import nn
+def work():
+    while True:
+        sum(range(1000))
+rank = int(os.environ["RANK"])
+os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+if rank == 1:  # its core is that of others, too
+    for _ in range(5):
+        multiprocessing.get_context("fork").Process(target=work, daemon=True).start()
+torch.manual_seed(0)
+x = torch.rand(320, 4)
+found = {}
+for name, backend in (("one", "cpu"), ("auto", kt.backends.DDP(weights="auto", timeout_s=60))):
+    torch.manual_seed(0)
+    model = kt.Model(nn.Linear(4, 1), backend=backend).compile("adam", "mse")
+    found[name] = model.fit(x, x.sum(1, keepdim=True), batch_size=40, epochs=2, verbose=0).history["loss"]
+if rank == 0:
+    torch.save(found | {"samples": backend.share(40)[1].samples}, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda pid: ())(0)) < 2, reason="needs two cores")
+def test_ranks_that_are_slower_take_less_if_asked_to_find_out(tmp_path):
+    (tmp_path / "script.py").write_text(SHARED)
+    ran = torchrun(tmp_path / "script.py", str(tmp_path / "found.pt"), limit_s=120)
+    assert ran.returncode == 0, ran.stderr
+    found = torch.load(tmp_path / "found.pt")
+    assert found["samples"] > 22  # of 40; it would be 33 if nobody else was here
+    assert found["auto"] == pytest.approx(found["one"], abs=LARGEST)
+
+
+def test_random_numbers_go_on_after_ranks_that_fit_has_started_as_after_one_process():
+    digits, ends = TensorDataset(torch.tensor(X), torch.tensor(Y)), []
+    for backend in ("cpu", kt.backends.DDP(2, timeout_s=60)):
+        kt.set_seed(3)
+        loader = DataLoader(digits, 20, shuffle=True, generator=torch.Generator().manual_seed(1))
+        model = kt.Model(nn.Linear(64, 10), backend=backend).compile("adam", "cross_entropy")
+        losses = [model.fit(loader, verbose=0).history["loss"][0] for _ in range(2)]
+        ends.append((losses, random.random(), float(np.random.rand()), torch.rand(2).tolist()))
+    assert ends[1][0] == pytest.approx(ends[0][0], abs=LARGEST)
+    assert ends[1][1:] == ends[0][1:]
 
 
 # Failing and ending.
