@@ -95,6 +95,7 @@ class Ending:
         self.is_near = limits.max_steps < math.inf or limits.max_time_s < math.inf or not self._is_alone
         self.reason: str | None = None
         self._deadline, self._is_late = time.monotonic() + limits.max_time_s, False
+        self._waits_at_batches = not self._is_alone and model.may_stop_at_batches
 
     @property
     def is_interrupted(self) -> bool:
@@ -129,7 +130,7 @@ class Ending:
 
     def ends_epoch(self) -> bool:
         """After a batch: whether it was the last one of its epoch."""
-        self.heed(now=self.model.may_stop_at_batches)  # where only a signal or the time can ask for it, nobody waits
+        self.heed(now=self._waits_at_batches)  # where only a signal or the time can ask for it, nobody waits
         return self.model.stop_epoch or self.is_due()
 
     def break_off(self) -> None:

@@ -373,9 +373,9 @@ class Model:
         split_off = 0.0 if validation_data is not None else validation_split
         last_batch = preflight.last_batch_size(data, batch_size, split_off) if is_whole else None
         hints = preflight.first_batch_hints(training, last_batch)
+        self._expect(opened, validated)
         with scopes.no_trace(self, dry_run, opened.generators), scopes.training(self, training, step, opened), hints:
             validation = validated and self._validation(validated, checked.batches, when, hooks, sanity_steps)
-            self._expect(opened, validated)
             self._begin_schedules(training, self._pieces_in(opened, taken.batches), accumulate, bounds)
             self.history, self.stop_training, self._callbacks = History(params), False, callbacks
             self.epochs_trained = max(self.epochs_trained, initial_epoch)

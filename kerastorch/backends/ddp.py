@@ -117,13 +117,13 @@ class DDP(Ranks):
 
     def _forget(self) -> None:
         self._wrapped: nn.parallel.DistributedDataParallel | None = None
-        self._trained: list[bool] = []
+        self._parameters, self._trained = [], []
         self._is_averaging = False
 
     def expect_step(self, is_due: bool) -> None:
         if self._wrapped is None:
             return
-        if self._trained != [one.requires_grad for one in self._module.parameters()]:  # frozen or not since
+        if self._trained != [one.requires_grad for one in self._parameters]:  # frozen or not since
             self._forget()
             return
         self._wrapped.require_backward_grad_sync = is_due
@@ -150,10 +150,11 @@ class DDP(Ranks):
         return agreed.bool().tolist()
 
     def _wrap(self, has_all: bool) -> None:
-        trained = [one.requires_grad for one in self._module.parameters()]
+        parameters = list(self._module.parameters())
+        trained = [one.requires_grad for one in parameters]
         if not any(trained) or not (has_all or self.find_unused_parameters):
             return
-        self._trained = trained
+        self._parameters, self._trained = parameters, trained
         self._wrapped = nn.parallel.DistributedDataParallel(
             self._module,
             **{SYNC_BUFFERS: not self.sync_batchnorm},

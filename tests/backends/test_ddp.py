@@ -251,6 +251,30 @@ class Fails(kt.callbacks.Callback):
             raise LookupError("the cause")
 
 
+COUNTED = """
+import os, sys
+import kerastorch as kt, torch, torch.distributed as dist
+from torch import nn
+calls, all_reduce = [], dist.all_reduce
+def counted(*args, **named):
+    calls.append(1)
+    return all_reduce(*args, **named)
+dist.all_reduce = counted
+x, y = torch.rand(2000, 4), torch.randint(0, 3, (2000,))
+model = kt.Model(nn.Linear(4, 3), backend=kt.backends.DDP(timeout_s=60)).compile("sgd", "cross_entropy")
+model.fit(x, y, batch_size=20, verbose=0)
+if model.backend.rank == 0:
+    open(sys.argv[1], "w").write(str(len(calls)))
+"""
+
+
+def test_a_step_on_targets_of_which_none_is_masked_asks_the_others_for_nothing_but_gradients(tmp_path):
+    (tmp_path / "script.py").write_text(COUNTED)
+    ran = torchrun(tmp_path / "script.py", str(tmp_path / "calls"), limit_s=60)
+    assert ran.returncode == 0, ran.stderr
+    assert int((tmp_path / "calls").read_text()) < 60  # of 100 steps: whether the run is to end, ten times a second
+
+
 class Collect(kt.callbacks.Callback):
     adds_to_logs = ()
 
