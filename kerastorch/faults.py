@@ -107,7 +107,7 @@ def _text_of_lost(error: RuntimeError, place: Place) -> str:
     return (
         f"this rank waited in vain for another one, {place}. That one has ended, and its own error says why; or it "
         f"does something else, as where a callback or an if on the rank has only some of them evaluate, save or step. "
-        f"Have all ranks do the same, or give DDP a longer timeout_s. ({str(error).splitlines()[0]})"
+        f"Have all ranks do the same, or give the backend a longer timeout_s. ({str(error).splitlines()[0]})"
     )
 
 

@@ -174,6 +174,10 @@ class Ranks(Single):
             if not is_lazy(tensor):
                 dist.broadcast(tensor.detach(), src=0)
 
+    @property
+    def portion(self) -> float:
+        return 1.0 if self.share is None else self._bounds[self.rank + 1] - self._bounds[self.rank]
+
     def _share(self, samples: int) -> tuple[slice, Part]:
         """Rows of a global batch that are this rank's, and what they count."""
         # A little less: the shares are rounded, and a whole number must not become the next one.

@@ -45,6 +45,7 @@ class Single:
 
     rank, world = 0, 1
     share: Callable[[int], tuple[slice, Any]] | None = None  # samples of a batch -> those taken here; `None` = all
+    portion = 1.0  # which part of all samples are taken here, on the mean
     part: Any = None  # what the batch that `feed` gave last counts, as `share` said
     in_pieces = False  # whether a run cuts its batches into pieces of which the others know nothing
     starts_ranks = False  # whether `launch` must run a verb in processes of its own

@@ -160,10 +160,14 @@ class ProgressBar(Callback):
         return self.verbose == 1 and (_is_terminal(out) or (out is sys.stdout and is_notebook())) and not _is_ci()
 
     def _measured_samples_per_s(self) -> float:
-        return self.model.samples_seen / max(time.monotonic() - self._began, 1e-9)
+        return self._of_all(self.model.samples_seen) / max(time.monotonic() - self._began, 1e-9)
 
     def _samples_trained(self) -> int:
-        return self.model.samples_seen - self._samples_before
+        return self._of_all(self.model.samples_seen - self._samples_before)
+
+    def _of_all(self, samples: int) -> float:
+        """Of all processes, where each has its part."""
+        return samples / self.model.backend.portion
 
     def _skip(self, batches: int) -> None:
         """What an earlier run has trained on of the epoch took no time here."""

@@ -58,7 +58,8 @@ def clock(monkeypatch) -> Clock:
 
 
 def connected(bar: ProgressBar, steps: int | None = 313, epochs: int = 3) -> ProgressBar:
-    bar.set_model(SimpleNamespace(samples_seen=0, stop_training=False, history=SimpleNamespace(history={})))
+    backend, history = SimpleNamespace(portion=1.0), SimpleNamespace(history={})
+    bar.set_model(SimpleNamespace(samples_seen=0, stop_training=False, history=history, backend=backend))
     bar.set_params({"verbose": "auto", "epochs": epochs, "steps": steps})
     return bar
 
@@ -230,6 +231,16 @@ def test_stdout_is_looked_up_when_something_is_printed(clock, capsys):
     bar.on_train_begin({})
     run_epoch(bar, clock, 0, {"loss": 0.5})
     assert capsys.readouterr().out.startswith("[1/3] 3.1s ")
+
+
+def test_samples_are_those_of_all_processes_that_have_a_part(clock):
+    bar = connected(ProgressBar(0.5, stream=io.StringIO()), steps=100)
+    bar.model.backend = SimpleNamespace(portion=0.25)
+    bar.on_test_begin({})
+    clock.now += 0.8
+    bar.model.samples_seen = 4250
+    bar.on_test_end({"loss": 0.1})
+    assert bar.stream.getvalue() == "evaluate 0.80s 21k samples/s loss=0.1000\n"
 
 
 def test_evaluate_ends_as_a_line_and_its_live_line_is_gone(clock):
