@@ -150,6 +150,14 @@ class Single:
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         """Leaves the mean of all processes' gradients in the parameters, before an optimizer step."""
 
+    def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+        """What this process has of the gradients that `average` has left."""
+        return [parameter.grad for parameter in parameters]
+
+    def clip_value(self, parameters: Sequence[nn.Parameter], bound: float) -> None:
+        """Bounds each number of the gradients by itself."""
+        nn.utils.clip_grad_value_(parameters, bound)
+
     @staticmethod
     def clip_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_`, with a norm that is whole where gradients are parts."""
