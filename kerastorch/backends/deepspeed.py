@@ -22,15 +22,22 @@ from .zero import PARAMETERS, Zero, quiet, settings_of
 
 # Each number of a parameter by itself: flat parts of parameters take the same steps.
 IN_FLAT_PARTS = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adadelta", "Adagrad", "ASGD", "Rprop")
+IN_FLOAT32 = "it makes its steps in float32. Give precision='32' or 'bf16', or backend=FSDP()"
 WITHOUT = {
     "precision='16'": "it has the gradients that the scale of losses is found by. Give precision='bf16'",
+    "precision='16-true'": IN_FLOAT32,
+    "precision='bf16-true'": IN_FLOAT32,
+    "precision='64'": IN_FLOAT32,
     "an override of train_step": "it must know which backward passes make a step. Override compute_loss instead",
     "tbptt_steps": "it must know which backward passes make a step. Leave it out, or give backend=DDP()",
     "jit": "its hooks are none that torch.compile knows. Leave it out, or give backend=DDP()",
     "microbatch": "each piece would be sent by itself. Give a smaller batch_size and accumulate=2",
     "an optimizer with a closure": "it looks at all parameters together, and a process has a part. Give backend=DDP()",
 }
-WITHOUT_PARAMETERS = {"a callback of all parameters": "a process has parts of them. Leave it out, or give stage=2"}
+WITHOUT_PARAMETERS = {
+    "an override of compute_loss": "with stage=3 parameters are whole within the module's calls alone. Give stage=2",
+    "a callback of all parameters": "with stage=3 a process has parts of them. Leave it out, or give stage=2",
+}
 
 
 class DeepSpeed(DDP):
@@ -119,7 +126,7 @@ class DeepSpeed(DDP):
         if dtypes:
             raise ValueError(
                 f"parameters are {', '.join(sorted(map(str, dtypes)))}, and DeepSpeed makes its steps in float32. Give "
-                f"precision='32' or 'bf16', or backend=FSDP()."
+                f"module.float(), or backend=FSDP()."
             )
         if self.stage != PARAMETERS:
             self._lost = None
