@@ -77,9 +77,18 @@ class Zero:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it would compile that now
             groups = [group | {"params": parameters} for group, parameters in self._groups]
             self._stand_in = _stand_in(self.optimizer, groups)
-            return deepspeed.initialize(
-                model=self.module, optimizer=self._stand_in, config=self._config(), dist_init_required=False
-            )[0]
+            options = {"optimizer": self._stand_in, "config": self._config(), "dist_init_required": False}
+            for one in self.module.parameters():
+                one.ds_optim_param = True  # it is the same everywhere, and need not be sent, which fails for scalars
+            engine = deepspeed.initialize(model=self.module, **options)[0]
+            for one in self.module.parameters():
+                del one.ds_optim_param
+            if (
+                engine.optimizer.optimizer is not self._stand_in
+            ):  # of Adagrad it has made one of its own, with one group
+                engine.optimizer.optimizer = self._stand_in
+                engine.optimizer._link_all_hp_params()
+            return engine
 
     def _config(self) -> dict[str, Any]:
         sizes = [one.numel() for one in self._names]
@@ -100,7 +109,6 @@ class Zero:
     def _take_over(self) -> None:
         """Gives the stand-in the optimizer's states, and DeepSpeed no reason to leave a step out."""
         zero = self._zero
-        zero.optimizer = self._stand_in  # of Adagrad it has made another one, with one group
         if self.stage == PARAMETERS:
             self._flats, self._members = zero.fp32_partitioned_groups_flat, zero.fp16_groups
             zero._get_norm_groups = lambda: [torch.zeros(())]

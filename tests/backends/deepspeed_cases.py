@@ -61,7 +61,8 @@ def groups(backend, make):
 
     model = kt.Model(module, backend=backend()).compile(optimizer, "cross_entropy", clip=("value", 0.01))
     first = trained(model, x, y)
-    state = [dict(model.optimizer.state[one]) for one in model.module.parameters()]
+    states = [model.optimizer.state[one] for one in model.module.parameters()]
+    state = [{name: value.clone() for name, value in one.items()} for one in states]
     return {"first": first, "state": state, "second": trained(model, x, y)}
 
 
