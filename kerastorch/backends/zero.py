@@ -83,11 +83,10 @@ class Zero:
             engine = deepspeed.initialize(model=self.module, **options)[0]
             for one in self.module.parameters():
                 del one.ds_optim_param
-            if (
-                engine.optimizer.optimizer is not self._stand_in
-            ):  # of Adagrad it has made one of its own, with one group
-                engine.optimizer.optimizer = self._stand_in
-                engine.optimizer._link_all_hp_params()
+            zero = engine.optimizer
+            if zero.optimizer is not self._stand_in:  # of Adagrad it has made one of its own, with one group
+                zero.optimizer = self._stand_in
+                zero._link_all_hp_params()
             return engine
 
     def _config(self) -> dict[str, Any]:
