@@ -32,11 +32,11 @@ WITHOUT = {
     "tbptt_steps": "it must know which backward passes make a step. Leave it out, or give backend=DDP()",
     "jit": "its hooks are none that torch.compile knows. Leave it out, or give backend=DDP()",
     "microbatch": "each piece would be sent by itself. Give a smaller batch_size and accumulate=2",
+    "a callback of all parameters": "gradients, and with stage=3 parameters, are in parts. Leave it out",
     "an optimizer with a closure": "it looks at all parameters together, and a process has a part. Give backend=DDP()",
 }
 WITHOUT_PARAMETERS = {
     "an override of compute_loss": "with stage=3 parameters are whole within the module's calls alone. Give stage=2",
-    "a callback of all parameters": "with stage=3 a process has parts of them. Leave it out, or give stage=2",
 }
 
 
@@ -107,11 +107,21 @@ class DeepSpeed(DDP):
             max_restarts=max_restarts,
         )
 
+    @property
+    def leaves_gradients(self) -> bool:
+        return not self.is_joined
+
     def place(self, module: nn.Module) -> nn.Module:
         if any(map(is_lazy, module.parameters())):
             raise ValueError(
                 "the module is lazy: its parameters are made by the first batch, and cannot be shared out before. Call "
                 "it on a batch before it is given to Model."
+            )
+        scalar = next((name for name, one in module.named_parameters() if not one.ndim), None)
+        if scalar is not None and self.stage == PARAMETERS:
+            raise ValueError(
+                f"{scalar!r} is a parameter without dimensions, which stage=3 cannot share out. Give it the shape (1,), "
+                f"or stage=2."
             )
         return super().place(module)
 

@@ -50,6 +50,7 @@ class Single:
     starts_ranks = False  # whether `launch` must run a verb in processes of its own
     scratch: str | None = None  # where files go that another process writes; `None` = it is this one
     measures_parts = False  # whether each process measures its own part of the data, rather than one all of it
+    leaves_gradients = True  # whether gradients are in the parameters when an optimizer step is made
     weighs_pieces = False  # whether a step asks what each loss of a piece is the mean over
     unable: Mapping[str, str] = {}  # what does not go with it -> why, and what to do
 

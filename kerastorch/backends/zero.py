@@ -332,5 +332,5 @@ def quiet() -> Iterator[None]:
     logger.setLevel(logging.WARNING)
     logger.addFilter(_is_news)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`torch\.distributed\..*is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r"`torch\.(distributed|jit)\..*is deprecated")
         yield

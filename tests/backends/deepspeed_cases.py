@@ -11,6 +11,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -39,10 +40,6 @@ def tied_weights(backend):
 
 def frozen_and_thawed(backend):
     return fsdp_cases.frozen_and_thawed(backend)
-
-
-def averaged(backend):
-    return fsdp_cases.averaged(backend)
 
 
 def in_and_out(backend):
@@ -194,6 +191,11 @@ def held(backend):
     }
 
 
+class Halves(nn.Module):
+    def forward(self, x):
+        return x.chunk(2, dim=1)
+
+
 class Unused(nn.Module):
     def __init__(self):
         super().__init__()
@@ -208,7 +210,10 @@ def refused(backend):
     x, y = digits(101)
 
     def other_counts():
-        fsdp_cases.losses_of_their_own_counts(backend)
+        module = nn.Sequential(nn.Linear(64, 20), Halves())
+        targets = np.where(np.arange(101) % 3 == 0, -100, y), y
+        model = kt.Model(module, backend=backend()).compile("adam", ["cross_entropy", "cross_entropy"])
+        model.fit(x, targets, verbose=0)
 
     def others():
         module = mlp()

@@ -103,7 +103,8 @@ def test_what_deepspeed_cannot_do_is_refused_when_it_is_compiled(there, stage, m
     ("stage", "options", "words"),
     [
         (1, {"microbatch": 2}, "microbatch does not go with"),
-        (3, {"callbacks": [kt.callbacks.EMA(0.9)]}, "a callback of all parameters does not go with .* stage=2"),
+        (1, {"callbacks": [kt.callbacks.GradNorm()]}, "a callback of all parameters does not go with .* Leave it out"),
+        (3, {"callbacks": [kt.callbacks.EMA(0.9)]}, "a callback of all parameters does not go with .* Leave it out"),
     ],
 )
 def test_what_deepspeed_cannot_do_is_refused_when_training_begins(there, stage, options, words):
@@ -123,6 +124,17 @@ def test_a_lazy_module_is_refused(there):
     there(True)
     with pytest.raises(ValueError, match="the module is lazy"):
         kt.Model(nn.LazyLinear(3), backend=DeepSpeed(devices=1))
+
+
+def test_a_scalar_is_refused_by_stage_3_alone(there):
+    there(True)
+    module = net()
+    module.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
+    with pytest.raises(
+        ValueError, match=r"'scale' is a parameter without dimensions.*Give it the shape \(1,\), or stage=2"
+    ):
+        kt.Model(module, backend=DeepSpeed(3, devices=1))
+    kt.Model(module, backend=DeepSpeed(2, devices=1))
 
 
 def test_a_process_by_itself_computes_without_it(there):
