@@ -120,7 +120,7 @@ class DeepSpeed(DDP):
         scalar = next((name for name, one in module.named_parameters() if not one.ndim), None)
         if scalar is not None and self.stage == PARAMETERS:
             raise ValueError(
-                f"{scalar!r} is a parameter without dimensions, which stage=3 cannot share out. Give it the shape (1,), "
+                f"{scalar!r} is a parameter without dimensions, which stage=3 cannot share out. Give it shape (1,), "
                 f"or stage=2."
             )
         return super().place(module)

@@ -131,7 +131,7 @@ def test_a_scalar_is_refused_by_stage_3_alone(there):
     module = net()
     module.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
     with pytest.raises(
-        ValueError, match=r"'scale' is a parameter without dimensions.*Give it the shape \(1,\), or stage=2"
+        ValueError, match=r"'scale' is a parameter without dimensions.*Give it shape \(1,\), or stage=2"
     ):
         kt.Model(module, backend=DeepSpeed(3, devices=1))
     kt.Model(module, backend=DeepSpeed(2, devices=1))
