@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,9 @@ RUNS = {  # name: (backend, ranks that torchrun starts, XLA's cores)
     "DDP, 4 ranks, weights=[4, 1, 2, 3]": ("DDP(weights=[4, 1, 2, 3])", 4, 0),
     "FSDP, 2 ranks": ("FSDP(wrap=1)", 2, 0),
     "FSDP, 2 ranks, shard='optimizer'": ("FSDP(shard='optimizer')", 2, 0),
+    "DeepSpeed, 2 ranks, stage=1": ("DeepSpeed(1)", 2, 0),
+    "DeepSpeed, 2 ranks, stage=2": ("DeepSpeed(2)", 2, 0),
+    "DeepSpeed, 2 ranks, stage=3": ("DeepSpeed(3)", 2, 0),
     "Pipeline, 2 stages": ("Pipeline(2, microbatches=4)", 2, 0),
     "TPU, 1 core": ("TPU(1)", 0, 1),
     "TPU, 4 cores": ("TPU(4)", 0, 4),
@@ -62,11 +66,14 @@ def run(backend: str, out: str) -> None:
 
 
 def result_of(name: str, folder: Path, xla: str | None) -> dict | None:
-    """Of one run, in processes of its own; `None` = what it needs was not given."""
+    """Of one run, in processes of its own; `None` = what it needs is not there."""
     from safetensors.torch import load_file
 
     backend, ranks, cores = RUNS[name]
     if cores and xla is None:
+        return None
+    if backend.startswith("DeepSpeed") and find_spec("deepspeed") is None:
+        print(f"{name}: left out, deepspeed is not installed")
         return None
     out = folder / f"{list(RUNS).index(name)}.pt"
     python = xla if cores else sys.executable

@@ -102,7 +102,7 @@ class Window:
             _put(self.parameters, map(_sum, zip(*self._apart.values(), strict=True)))
         self.ranks.average(self.parameters)
         for name in () if self._apart else self._totals:
-            self._divide(name, [parameter.grad for parameter in self.parameters])
+            self._divide(name, self.ranks.gradients(self.parameters))
         self._forget()
         self._announce()
 

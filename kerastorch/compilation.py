@@ -279,4 +279,4 @@ def _clipper(clip: Any, backend: Any) -> Callable[..., Any] | None:
         )
     if kind == "norm":
         return partial(backend.clip_norm, max_norm=float(bound))
-    return partial(nn.utils.clip_grad_value_, clip_value=float(bound))
+    return partial(backend.clip_value, bound=float(bound))

@@ -236,7 +236,11 @@ def _ranks(engine: str = "torch.distributed") -> tuple[bool, str]:
 
 
 def _deepspeed() -> tuple[bool, str]:
-    return False, "not in this version."
+    version = _version("deepspeed")
+    if version is None or find_spec("deepspeed") is None:  # not imported: that takes seconds
+        return False, "not installed: pip install kerastorch[deepspeed]."
+    usable, where = _ranks()
+    return usable, f"deepspeed {version}, {where}" if usable else where
 
 
 def _tpu(environment: Mapping[str, str]) -> tuple[bool, str]:

@@ -1243,7 +1243,7 @@ class Model:
     def _refuse_unable(self, compiled: Compiled, jit: Any) -> None:
         checks.refuse_unable(
             self.backend,
-            ("precision='16'", compiled.scaler is not None),
+            (f"precision={compiled.precision.name!r}", True),
             ("an override of compute_loss", self._overrides("compute_loss")),
             ("an override of train_step", self._overrides("train_step")),
             ("loss=None", compiled.has_own_loss),

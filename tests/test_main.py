@@ -266,12 +266,20 @@ def test_a_torch_without_an_engine_is_told(monkeypatch):
     assert row_of(found, "FSDP")["usable"]
 
 
-def test_deepspeed_is_not_there_yet():
-    assert row_of(environment.backends({}), "DeepSpeed") == {
-        "backend": "DeepSpeed",
-        "usable": False,
-        "why": "not in this version.",
-    }
+def test_without_deepspeed_it_is_said_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(environment, "PACKAGES", ("torch",))
+    row = row_of(environment.backends({}), "DeepSpeed")
+    assert (row["usable"], row["why"]) == (False, "not installed: pip install kerastorch[deepspeed].")
+
+
+def test_deepspeed_is_there_if_it_is_installed_and_processes_can_meet(installed, monkeypatch):
+    installed("deepspeed", "raise SystemExit('nobody imports it')")
+    row = row_of(environment.backends({}), "DeepSpeed")
+    assert row["usable"]
+    assert row["why"] == f"deepspeed 9.9, {row_of(environment.backends({}), 'DDP')['why']}"
+    monkeypatch.setattr(dist, "is_available", lambda: False)
+    row = row_of(environment.backends({}), "DeepSpeed")
+    assert (row["usable"], row["why"]) == (False, "This torch is built without torch.distributed.")
 
 
 XLA = """

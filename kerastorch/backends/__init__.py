@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .ddp import DDP as DDP
+from .deepspeed import DeepSpeed as DeepSpeed
 from .fsdp import FSDP as FSDP
 from .pipeline import Pipeline as Pipeline
 from .single import CPU as CPU

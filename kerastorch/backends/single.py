@@ -51,6 +51,7 @@ class Single:
     starts_ranks = False  # whether `launch` must run a verb in processes of its own
     scratch: str | None = None  # where files go that another process writes; `None` = it is this one
     measures_parts = False  # whether each process measures its own part of the data, rather than one all of it
+    leaves_gradients = True  # whether gradients are in the parameters when an optimizer step is made
     weighs_pieces = False  # whether a step asks what each loss of a piece is the mean over
     unable: Mapping[str, str] = {}  # what does not go with it -> why, and what to do
 
@@ -150,6 +151,14 @@ class Single:
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         """Leaves the mean of all processes' gradients in the parameters, before an optimizer step."""
+
+    def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+        """What this process has of the gradients that `average` has left."""
+        return [parameter.grad for parameter in parameters]
+
+    def clip_value(self, parameters: Sequence[nn.Parameter], bound: float) -> None:
+        """Bounds each number of the gradients by itself."""
+        nn.utils.clip_grad_value_(parameters, bound)
 
     @staticmethod
     def clip_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:

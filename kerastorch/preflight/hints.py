@@ -50,7 +50,8 @@ class _Unused:
         self.suspects: dict[int, list[nn.Parameter]] = {}  # by the `id` of their optimizer
         optimizers = [update.optimizer for update in recipe.updates.values()]
         self.awaited = set(map(id, optimizers))
-        if not any(map(needs_closure, optimizers)):  # such compute their gradients after the hook
+        # Some compute their gradients after the hook, and some backends keep theirs.
+        if recipe.ranks.leaves_gradients and not any(map(needs_closure, optimizers)):
             recipe.hooks.on_before_optimizer_step += (self.look,)
             recipe.hooks.on_epoch_end += (self.say,)
 
