@@ -76,7 +76,7 @@ class DeepSpeed(DDP):
         devices: str | int | Sequence[int] = "auto",
         num_nodes: int | None = None,
         *,
-        weights: Sequence[float] | None = None,
+        weights: str | Sequence[float] | None = None,
         sync_batchnorm: bool = True,
         checkpoint_activations: Any = None,
         timeout_s: float = 600.0,
