@@ -18,7 +18,7 @@ that nothing else may be left. What is said on the way, such as that something i
 
 How to run:
     pip install -c constraints.txt -e .[test]
-    python benchmarks/torture.py                                   # about 20 minutes
+    python benchmarks/torture.py                                   # about half an hour
     python benchmarks/torture.py --kinds workers --kills 500 --seed 7
 """
 
