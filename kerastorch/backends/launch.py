@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGUSR1")
 MONITOR_INTERVAL_S = 0.1
+LAST_WORDS_S = 0.5
 
 
 class RankError(RuntimeError):
@@ -155,6 +156,9 @@ def _put_down(error: BaseException, folder: Path, rank: str, attempt: str) -> No
     partly = folder / f"{rank}.{attempt}.partly"
     partly.write_text(json.dumps(words))
     partly.rename(partly.with_suffix(".error"))  # whole or not at all: a rank can be ended at any time
+    limit = time.monotonic() + LAST_WORDS_S
+    while len([*folder.glob(f"*.{attempt}.error")]) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < limit:
+        time.sleep(0.02)  # once this rank is gone the launcher ends the others, who may have the same to say
 
 
 def raise_first_failure(folder: Path, processes: int, exit_codes: dict[int, int]) -> None:
@@ -177,7 +181,9 @@ def raise_first_failure(folder: Path, processes: int, exit_codes: dict[int, int]
     rank, first = min((causes or said).items(), key=lambda pair: pair[1]["time"])
     known = getattr(builtins, first["type"], RuntimeError)
     kind = known if isinstance(known, type) and issubclass(known, (Exception, KeyboardInterrupt)) else RuntimeError
-    raise kind(f"{first['message']} (rank {rank})") from RankError(f"in rank {rank}:\n{first['traceback']}")
+    is_of_all = len(said) == processes and len({(one["type"], one["message"]) for one in said.values()}) == 1
+    which = "" if is_of_all else f" (rank {rank})"
+    raise kind(f"{first['message']}{which}") from RankError(f"in rank {rank}:\n{first['traceback']}")
 
 
 def _end_of(exitcode: int | None) -> str:

@@ -292,6 +292,16 @@ def test_ranks_do_not_wait_for_what_an_earlier_launch_has_left():
     assert history.epoch == [0]
 
 
+def test_what_all_ranks_refuse_is_said_as_one_process_says_it():
+    said = []
+    for backend in ("cpu", kt.backends.DDP(2, timeout_s=20)):
+        model = kt.Model(nn.Linear(64, 10), backend=backend).compile("sgd", "mse")
+        with pytest.raises(ValueError, match="output has shape") as caught:
+            model.fit(X, X, verbose=0)
+        said.append(re.sub(r"\(\d+, ", "(..., ", str(caught.value)))
+    assert said[0] == said[1]
+
+
 def test_a_rank_that_fails_ends_all_that_torchrun_has_started(tmp_path):
     ran = torchrun(script(tmp_path, "raise LookupError('of rank 1')", options="timeout_s=60"), limit_s=60)
     assert ran.returncode == 1
