@@ -27,6 +27,8 @@ HOW_IT_DIED = re.compile(r"killed by signal: ([^.]+)\.|with exit code (\d+)")
 
 LOST_RANK = re.compile(r"Timed out waiting|Connection (?:closed|reset) by peer|collective operation timeout")
 
+UNUSED = "Expected to have finished reduction in the prior iteration"
+
 WAITED_S = 0.2  # for a worker to end that has closed its end of a connection
 
 MEMORY_OF_WORKERS = "Each worker holds batches of its own: give fewer num_workers or a smaller prefetch_factor"
@@ -96,6 +98,11 @@ def _explained(error: BaseException, raised: BaseException, in_callback: Callabl
         return RuntimeError(_text_of_dead(*dead, place))
     if isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
         return RuntimeError(_text_of_lost(error, place))
+    if isinstance(error, RuntimeError) and UNUSED in str(error):
+        return RuntimeError(
+            f"a parameter got no gradient {place}, or in the step before, as it did in others, and the ranks waited "
+            f"for it. Give DDP(find_unused_parameters=True), or freeze what is not used (model.freeze)."
+        )
     in_worker = str(error).startswith("Caught ")  # there the sample is named, and batches have nothing to do with it
     is_told = is_in_callback or in_worker or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
     if is_out_of_memory(error) and not is_told:
@@ -104,6 +111,11 @@ def _explained(error: BaseException, raised: BaseException, in_callback: Callabl
 
 
 def _text_of_lost(error: RuntimeError, place: Place) -> str:
+    if "by peer" in str(error):
+        return (
+            f"another rank has ended, which this one missed {place}. That one's own error says why. "
+            f"({str(error).splitlines()[0]})"
+        )
     return (
         f"this rank waited in vain for another one, {place}. That one has ended, and its own error says why; or it "
         f"does something else, as where a callback or an if on the rank has only some of them evaluate, save or step. "

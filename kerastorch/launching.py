@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from functools import partial, wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,9 +28,18 @@ def launch_verbs(model: Any) -> None:
 def _launched(model: Any, name: str, *args: Any, **options: Any) -> Any:
     if not model.backend.starts_ranks:  # this is one of them
         return getattr(type(model), name)(model, *args, **options)
+    _refuse_wrong_names(model, name, args, options)
     generators = generators_in([args, options, model.module])
     call = partial(_in_rank, model, name, args, options, generators, random_state(generators))
     return _take_back(model, model.backend.launch(call), options, generators)
+
+
+def _refuse_wrong_names(model: Any, name: str, args: tuple, options: dict[str, Any]) -> None:
+    """Before any process is started."""
+    try:
+        signature(getattr(type(model), name)).bind(model, *args, **options)
+    except TypeError as error:
+        raise TypeError(f"{name}() {error}") from None
 
 
 def _in_rank(
@@ -39,8 +49,12 @@ def _in_rank(
     set_random_state(random, generators)  # the launcher has drawn some
     model.backend.join()
     arrive(model)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and name == "fit":
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if restarts and name == "fit":
         options = options | _going_on(options)
+        if model.backend.rank == 0:
+            where = "from their last file" if options.get("resume") else "from the beginning, for want of a file"
+            warnings.warn(f"a rank has died; all were started again (restart {restarts}) {where}.", stacklevel=2)
     value = getattr(model, name)(*args, **options)
     trained = [name for name, one in model.module.named_parameters() if one.requires_grad]
     callbacks = model.backend.whole([_kept_of(one) for one in _callbacks_in(options)])
@@ -57,11 +71,11 @@ def _in_rank(
 def arrive(model: Any) -> None:
     """The module, and all that was compiled for it, moves to where the backend is now."""
     state = state_of(model)
-    model.module = model.backend.place(model.module)
-    if model._compiled is None:
-        return
-    with warnings.catch_warnings():  # what is to be said of it was said when it was compiled
+    with warnings.catch_warnings():  # what is to be said of it was said when it was made and compiled
         warnings.simplefilter("ignore")
+        model.module = model.backend.place(model.module)
+        if model._compiled is None:
+            return
         model.compile(**model._compile_options)
     restore(model, state)
 

@@ -34,8 +34,9 @@ class DDP(Ranks):
     this machine themselves, and bring weights, optimizer state, history and results back.
 
     Args:
-        devices: Processes on each machine: `"auto"` = one for each GPU; a number, of CPU processes where there are no
-            GPUs; or the numbers of the GPUs. Default: `"auto"`.
+        devices: Processes on each machine: `"auto"` = as many as `torchrun` started, or one for each GPU, and one where
+            there is none; a number, of CPU processes where there are no GPUs; or the numbers of the GPUs. Default:
+            `"auto"`.
         num_nodes: Machines; more than one take `torchrun`. Default: as many as it started.
         weights: How much of each batch each rank takes, in proportion, for machines of different speed or memory; the
             result does not change. `"auto"` = in proportion to how fast each device multiplies matrices when the

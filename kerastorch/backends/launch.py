@@ -150,7 +150,7 @@ def _put_down(error: BaseException, folder: Path, rank: str, attempt: str) -> No
     words = {
         "time": time.time(),
         "type": type(error).__name__,
-        "message": str(error),
+        "message": _message_of(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
     partly = folder / f"{rank}.{attempt}.partly"
@@ -159,6 +159,13 @@ def _put_down(error: BaseException, folder: Path, rank: str, attempt: str) -> No
     limit = time.monotonic() + LAST_WORDS_S
     while len([*folder.glob(f"*.{attempt}.error")]) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < limit:
         time.sleep(0.02)  # once this rank is gone the launcher ends the others, who may have the same to say
+
+
+def _message_of(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"sys.exit({error.code!r}) was called"
+    is_quoted = isinstance(error, KeyError) and len(error.args) == 1  # by Python, which will do so again
+    return str(error.args[0] if is_quoted else error)
 
 
 def raise_first_failure(folder: Path, processes: int, exit_codes: dict[int, int]) -> None:

@@ -7,6 +7,7 @@ of its state. The last process has the outputs, so it alone measures; the others
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -23,13 +24,16 @@ from .launch import launch
 from .ranks import Ranks
 from .single import Single
 
+BATCHNORM = nn.modules.batchnorm._BatchNorm
+
 
 class Pipeline(Ranks):
     """Sequential model parallelism: each of several processes has a stage of the module, or several.
 
     Under `torchrun` each process runs the script. Without it, `fit`, `evaluate` and `predict` start the processes of
     this machine themselves, and bring weights, optimizer state, history and results back. The module stays on the CPU
-    between runs; in a run each process has its stages on its device. BatchNorm sees microbatches.
+    between runs; in a run each process has its stages on its device. BatchNorm sees microbatches, of
+    which a warning tells.
 
     Args:
         stages: How many; `"auto"` = one for each process, or two with a schedule that interleaves them. Default:
@@ -98,6 +102,12 @@ class Pipeline(Ranks):
 
     def place(self, module: nn.Module) -> nn.Module:
         """Leaves the module where it is, with the parameters and buffers of rank 0."""
+        if self._options[1] != 1 and any(isinstance(part, BATCHNORM) for part in module.modules()):
+            warnings.warn(
+                "the module has BatchNorm, and Pipeline normalizes each microbatch by itself: the result is not that "
+                "of one process. Give it LayerNorm or GroupNorm, Pipeline(microbatches=1), or backend=DDP().",
+                stacklevel=2,
+            )
         if self.is_joined:
             self._send_from_first([*module.parameters(), *module.buffers()])
         return module

@@ -58,7 +58,7 @@ class Ranks(Single):
     """One of several processes; or, where there are none yet, the one that starts them when there is something to do.
 
     Args:
-        devices: Processes on this machine: `"auto"` = one for each GPU, or as many as `torchrun` started; a number, of
+        devices: Processes on this machine: `"auto"` = as many as `torchrun` started, or one for each GPU; a number, of
             CPU processes where there are no GPUs; or the numbers of the GPUs.
         num_nodes: Machines; more than one are started by `torchrun`. `None` = as many as it did.
         weights: How much of each batch each rank takes, in proportion; `"auto"` = as fast as its device multiplies
@@ -93,6 +93,12 @@ class Ranks(Single):
         self.processes = _processes(devices)
         self._refuse_other_weights(self.processes)
         self.starts_ranks = self.processes > 1
+        if devices == "auto" and not _gpus():
+            warnings.warn(
+                f"{type(self).__name__}() found no GPUs here, so that one process trains. Give {type(self).__name__}"
+                f"(devices=2) for two processes on the CPU, or start the script with torchrun --nproc-per-node=2.",
+                stacklevel=3,
+            )
         if (num_nodes or 1) > 1:
             raise ValueError(
                 f"num_nodes={num_nodes} was given to a process by itself. Start the script on each machine with "
@@ -102,6 +108,11 @@ class Ranks(Single):
         # GPUs are left alone until the ranks have started: a process that has used one cannot be forked.
         device = "cpu" if self.starts_ranks else _device_of(devices, 0)
         super().__init__(device, checkpoint_activations=checkpoint_activations)
+
+    def __repr__(self) -> str:
+        if self.starts_ranks:
+            return f"<{type(self).__name__} that starts {self.processes} processes>"
+        return f"<{type(self).__name__} on {self.device}, rank {self.rank} of {self.world}>"
 
     @property
     def measures_parts(self) -> bool:

@@ -66,6 +66,9 @@ class Single:
                 f'Give backend="cpu", or "auto" for the best there is.'
             )
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} on {self.device}>"
+
     def __deepcopy__(self, memo: Any) -> Single:
         return self  # whoever is copied runs in the same place
 

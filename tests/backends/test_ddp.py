@@ -292,6 +292,52 @@ def test_ranks_do_not_wait_for_what_an_earlier_launch_has_left():
     assert history.epoch == [0]
 
 
+def test_a_wrong_name_is_refused_before_ranks_are_started(monkeypatch):
+    model = kt.Model(nn.Linear(64, 10), backend=kt.backends.DDP(2)).compile("sgd", "mse")
+    monkeypatch.setattr(type(model.backend), "launch", None)
+    with pytest.raises(TypeError, match=r"fit\(\) got an unexpected keyword argument 'epoch'"):
+        model.fit(X, X, epoch=3)
+
+
+SOMETIMES = """
+import sys
+import kerastorch as kt, torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.calls = nn.Linear(4, 1), nn.Linear(4, 1), 0
+    def forward(self, x):
+        self.calls += 1
+        return self.first(x) + (self.second(x) if self.calls % 3 else 0)
+torch.manual_seed(0)
+x = torch.rand(64, 4)
+backend = kt.backends.DDP(timeout_s=30, find_unused_parameters=bool(sys.argv[1:]))
+kt.Model(Net(), backend=backend).compile("sgd", "mse").fit(x, x[:, :1], batch_size=8, verbose=0)
+"""
+
+
+def test_parameters_that_get_a_gradient_in_some_steps_alone_are_explained(tmp_path):
+    (tmp_path / "script.py").write_text(SOMETIMES)
+    ran = torchrun(tmp_path / "script.py", limit_s=90)
+    assert ran.returncode == 1 and "Give DDP(find_unused_parameters=True), or freeze" in ran.stderr
+    assert torchrun(tmp_path / "script.py", "find", limit_s=90).returncode == 0
+
+
+def test_a_backend_in_each_of_several_processes_is_warned_of(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.warns(UserWarning, match="has started 2 processes, and with backend='cpu' each trains by itself"):
+        kt.Model(nn.Linear(2, 1), backend="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
+def test_one_process_where_several_may_be_meant_is_warned_of():
+    with pytest.warns(UserWarning, match=r"DDP\(\) found no GPUs here, so that one process trains"):
+        backend = backends.DDP()
+    assert "rank 0 of 1" in repr(backend) and "starts 2 processes" in repr(backends.DDP(2))
+
+
 def test_what_all_ranks_refuse_is_said_as_one_process_says_it():
     said = []
     for backend in ("cpu", kt.backends.DDP(2, timeout_s=20)):
@@ -306,7 +352,7 @@ def test_a_rank_that_fails_ends_all_that_torchrun_has_started(tmp_path):
     ran = torchrun(script(tmp_path, "raise LookupError('of rank 1')", options="timeout_s=60"), limit_s=60)
     assert ran.returncode == 1
     assert "LookupError: of rank 1" in ran.stderr
-    assert "this rank waited in vain for another one, in training" in ran.stderr
+    assert "another rank has ended, which this one missed in training" in ran.stderr
 
 
 def test_ranks_that_do_different_things_are_told_so_in_time(tmp_path):

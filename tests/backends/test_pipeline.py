@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -457,3 +458,12 @@ def test_targets_are_counted_before_a_loss_was_computed():
     both.expect({"a": target, "b": target})
     counted = both.counts({"a": output, "b": output}, {"a": target, "b": target}, 3)
     assert counted == {("targets of", "a"): 2, ("samples", ""): 3}
+
+
+def test_batchnorm_which_sees_microbatches_is_warned_of():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match="Pipeline normalizes each microbatch by itself"):
+        kt.Model(net, backend=kt.backends.Pipeline(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kt.Model(net, backend=kt.backends.Pipeline(2, microbatches=1))
