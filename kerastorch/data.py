@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import (
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -30,7 +31,7 @@ from torch.utils.data import (
 from torch.utils.data.dataloader import default_collate
 
 from .samples import IndexedLoader, NamingDataset, Recent, generators_in, positioned, skipping
-from .seeding import Generator, epoch_order
+from .seeding import Generator, epoch_order, sample_seeds
 from .structures import leaves, map_structure, named_leaves
 from .tensors import Batch, array_of, class_table, grouped, is_arrays, to_tensors, unpack, warn_of_nan, weighted
 
@@ -321,7 +322,9 @@ def _open_dataset(dataset: Any, reading: Reading, loader_over: Callable) -> Data
             return map(read, loader_over(dataset, chunks))
         shares = [reading.share(len(chunk)) for chunk in chunks]
         mine = [chunk[taken] for chunk, (taken, _) in zip(chunks, shares, strict=True)]
-        return _with_parts(map(read, loader_over(dataset, mine)), (part for _, part in shares))
+        numbered = enumerate(zip(chunks, shares, strict=True), start)
+        seeds = deque(sample_seeds(number, batch, len(chunk))[taken][0] for batch, (chunk, (taken, _)) in numbered)
+        return _with_parts(map(read, loader_over(dataset, mine, seeds)), (part for _, part in shares))
 
     indices = partial(_chunk, samples, batch_size, reading.shuffle)
     generators = tuple(generators_in(dataset))
@@ -338,13 +341,14 @@ def _with_parts(batches: Iterable[Batch], parts: Iterable[Any]) -> Iterator[tupl
 
 
 # A generator of their own: `iter(DataLoader)` draws a number, which would change what the model draws after it.
-def _dataset_loader(dataset: Any, chunks: list[list[int]]) -> DataLoader:
-    named = NamingDataset(dataset)
+def _dataset_loader(dataset: Any, chunks: list[list[int]], seeds: deque | None = None) -> DataLoader:
+    named = NamingDataset(dataset, seeds=seeds)
     collate = partial(named.collate, default_collate)
     return DataLoader(named, batch_sampler=chunks, collate_fn=collate, generator=torch.Generator())
 
 
-def _hugging_face_loader(dataset: Any, chunks: list[list[int]]) -> DataLoader:
+def _hugging_face_loader(dataset: Any, chunks: list[list[int]], seeds: deque | None = None) -> DataLoader:
+    """Its samples are rows of a table, which draw nothing."""
     return DataLoader(dataset, sampler=chunks, batch_size=None, generator=torch.Generator())
 
 
@@ -362,6 +366,11 @@ def _open_iterable_dataset(dataset: Any, reading: Reading) -> Data:
 
 def _open_loader(loader: DataLoader, reading: Reading) -> Data:
     _refuse_batch_size(loader, reading)
+    if reading.share is not None and isinstance(loader.sampler, DistributedSampler):
+        raise ValueError(
+            "the loader has a DistributedSampler, which gives each rank a part, of which the backend would take a part "
+            "again. Leave it out (shuffle=True instead): each rank takes its part of every batch."
+        )
     steps = _length_or_none(loader)
     _refuse_empty(steps, loader)
     if _is_plain(loader) and (seen := _tensors_of(loader.dataset)) is not None:

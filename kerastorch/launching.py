@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Mapping
 from functools import partial, wraps
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .callbacks.base import Callback
@@ -17,6 +19,7 @@ from .seeding import Generator, random_state, set_random_state
 from .state import restore, state_of
 
 VERBS = ("fit", "evaluate", "predict")
+PLAIN = (str, bytes, bool, int, float, torch.Tensor, np.ndarray, np.generic, Path)
 
 
 def launch_verbs(model: Any) -> None:
@@ -56,12 +59,16 @@ def _in_rank(
             where = "from their last file" if options.get("resume") else "from the beginning, for want of a file"
             warnings.warn(f"a rank has died; all were started again (restart {restarts}) {where}.", stacklevel=2)
     value = getattr(model, name)(*args, **options)
-    trained = [name for name, one in model.module.named_parameters() if one.requires_grad]
+    trained = {name for name, one in model.module.named_parameters() if one.requires_grad}
+    names = {id(one): name for name, one in model.module.named_modules()}
     callbacks = model.backend.whole([_kept_of(one) for one in _callbacks_in(options)])
     return {
         "value": value,
         "state": state_of(model),
         "trained": trained,
+        "frozen": [names[id(one)] for one in model._frozen],
+        "stop_training": model.stop_training,
+        "buffers": {name: one for name, one in model.module.named_buffers() if name not in model.module.state_dict()},
         "callbacks": callbacks,
         "steps": model.steps_taken,
         "random": random_state(generators) | {"cuda": [], "mps": None},  # the calling process leaves GPUs alone
@@ -76,7 +83,9 @@ def arrive(model: Any) -> None:
         model.module = model.backend.place(model.module)
         if model._compiled is None:
             return
-        model.compile(**model._compile_options)
+        own = next(one for one in type(model).__mro__ if one.__module__ == f"{__package__}.model")
+        own.compile(model, **model._compile_options)  # with what a subclass's own compile has called it with
+    _regroup(model, state)
     restore(model, state)
 
 
@@ -101,24 +110,42 @@ def _is_plain(value: Any) -> bool:
         return all(_is_plain(part) for pair in value.items() for part in pair)
     if isinstance(value, (list, tuple, set)):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, (str, bytes, bool, int, float, torch.Tensor))
+    return value is None or isinstance(value, PLAIN)
 
 
 def _take_back(model: Any, brought: dict[str, Any], options: Mapping[str, Any], generators: list[Generator]) -> Any:
     value = brought["value"]
     set_random_state(brought["random"], generators)
-    for name, parameter in model.module.named_parameters():
-        parameter.requires_grad_(name in set(brought["trained"]))
     _regroup(model, brought["state"])
+    history, stop_training = model.history, model.stop_training
     restore(model, brought["state"], "what the ranks have trained")
+    for name, buffer in model.module.named_buffers():
+        if name in brought["buffers"]:
+            buffer.copy_(brought["buffers"][name])
+    for name, parameter in model.module.named_parameters():
+        parameter.requires_grad_(name in brought["trained"])
+    model._frozen[:] = [model.module.get_submodule(name) for name in brought["frozen"]]
     for callback, kept in zip(_callbacks_in(options), brought["callbacks"], strict=True):
         if isinstance(callback, Callback):
             callback.model = model
-        vars(callback).update(kept)
+        _update(vars(callback), kept)
     model._steps_of_ranks = brought["steps"]
-    if type(value).__name__ == "History":
-        model.history = value
+    is_trained = type(value).__name__ == "History"
+    model.history, model.stop_training = (value, brought["stop_training"]) if is_trained else (history, stop_training)
     return value
+
+
+def _update(attributes: dict[str, Any], kept: Mapping[str, Any]) -> None:
+    """A list or a dict stays the one that others may have, too."""
+    for name, value in kept.items():
+        before = attributes.get(name)
+        if isinstance(value, list) and type(before) is list:
+            before[:] = value
+        elif isinstance(value, dict) and type(before) is dict:
+            before.clear()
+            before.update(value)
+        else:
+            attributes[name] = value
 
 
 def _regroup(model: Any, state: Mapping[str, Any]) -> None:

@@ -1032,6 +1032,7 @@ class Model:
             with scopes.computing(self), torch.no_grad():
                 forward(self.module.eval(), self.backend.move(batch[0]))
             self._cast(self._compiled.precision)
+            self.module = self.backend.place(self.module)  # again: now there are parameters, for all ranks the same
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
             raise ValueError(
                 "the module has no trainable parameters. Unfreeze some (model.unfreeze('*')), or call evaluate or "
@@ -1217,10 +1218,16 @@ class Model:
         """All processes must train on the same data, of which each takes its part."""
         if self.backend.world == 1:
             return
+        options = [
+            {name: str(value) for name, value in group.items() if name != "params"}
+            for update in self.updates.values()
+            for group in update.optimizer.param_groups
+        ]
         seen = [None if one is None else (one.steps, _fingerprint(one.targets)) for one in data]
-        of_ranks = self.backend.collect([seed_of_order(), *seen])
+        of_ranks = self.backend.collect([seed_of_order(), _checksum(self.module), options, *seen])
+        names = ("kt.set_seed", "module, by the sum of its weights,", "optimizer", "data", "validation_data")
         for rank, found in enumerate(of_ranks):
-            for what, own, first in zip(("kt.set_seed", "data", "validation_data"), found, of_ranks[0], strict=True):
+            for what, own, first in zip(names, found, of_ranks[0], strict=True):
                 if own != first:
                     raise ValueError(
                         f"rank {rank} was given another {what} than rank 0: {own} instead of {first}. Give all ranks "
@@ -1269,6 +1276,12 @@ def _fingerprint(targets: Any) -> list[float]:
     """A few numbers that other targets would not have; none where they are not in memory."""
     ends = (leaf[index] for leaf in leaves(targets) for index in (0, len(leaf) // 2, -1))
     return [float(one.double().nan_to_num().sum()) for one in ends]
+
+
+def _checksum(module: nn.Module) -> str:
+    """What other weights would not sum up to; of parts of parameters nothing."""
+    whole = [one.detach() for one in module.parameters() if not hasattr(one, "to_local") and one.is_floating_point()]
+    return str(float(torch.stack([one.double().sum() for one in whole]).sum())) if whole else ""
 
 
 def _hears_batches(callbacks: list[Any], stage: str) -> bool:

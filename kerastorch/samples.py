@@ -47,12 +47,15 @@ class Recent:
 class NamingDataset:
     """A dataset whose errors name the sample, and those of making a batch of them, the samples.
 
-    With `is_seeded`, samples are asked for as `(seed, number)`, and what they draw depends on the seed alone.
+    With `is_seeded`, samples are asked for as `(seed, number)`, and what they draw depends on the seed alone. Where
+    `seeds` has one, a batch draws from it, and from nothing that others draw from: so it is in ranks, which draw the
+    order together, and load different samples.
     """
 
-    def __init__(self, dataset: Any, is_seeded: bool = False) -> None:
-        self.dataset, self.is_seeded = dataset, is_seeded
+    def __init__(self, dataset: Any, is_seeded: bool = False, seeds: deque | None = None) -> None:
+        self.dataset, self.is_seeded, self._seeds = dataset, is_seeded, seeds
         self._asked: Any = None  # for last
+        self._common: tuple | None = None  # random numbers of all ranks, while a batch draws from its own
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -65,6 +68,25 @@ class NamingDataset:
             raise _naming(error, f"sample {index}") from error
 
     def __getitems__(self, keys: list[Any]) -> list[Any]:
+        if not self._seeds:
+            return self._samples(keys)
+        self._common = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        _seed(self._seeds.popleft())
+        try:
+            return self._samples(keys)
+        except BaseException:
+            self._draw_from_common()
+            raise
+
+    def _draw_from_common(self) -> None:
+        if self._common is not None:
+            python, numpy, torchs = self._common
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(torchs)
+            self._common = None
+
+    def _samples(self, keys: list[Any]) -> list[Any]:
         indices = [index for _, index in keys] if self.is_seeded else keys
         if not getattr(self.dataset, "__getitems__", None):
             samples = [self[key] for key in keys]
@@ -84,16 +106,22 @@ class NamingDataset:
         except Exception as error:
             what = f"samples {self._asked}" if isinstance(self._asked, list) else f"sample {self._asked}"
             raise _naming(error, what, "by the collate_fn") from error
+        finally:
+            self._draw_from_common()
 
     def _begin(self, key: Any) -> Any:
         """The number of a sample, once what it may draw from is seeded."""
         if not self.is_seeded:
             return key
         seed, index = key
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
+        _seed(seed)
         return index
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
 
 
 def _naming(error: Exception, what: str, by: str = "by the dataset") -> Exception:
@@ -124,9 +152,11 @@ class IndexedLoader:
         self.shares = share is not None and loader.batch_sampler is not None and loader.in_order
         self.indices = self._recent.of
         self.caveat = _caveat(loader)
+        if loader in _whole and _whole[loader][2] != os.getpid():
+            _inherited.append(_whole.pop(loader))
         if loader not in _whole:
-            _whole[loader] = _made_of(loader, order := self._keys()), order
-        self._all, self._order = _whole[loader]
+            _whole[loader] = _made_of(loader, order := self._keys()), order, os.getpid()
+        self._all, self._order, _ = _whole[loader]
 
     @staticmethod
     def fits(loader: DataLoader) -> bool:
@@ -178,6 +208,7 @@ class IndexedLoader:
 
 # Made once for each loader, so that workers that are to persist do so from one `fit` to the next.
 _whole: WeakKeyDictionary = WeakKeyDictionary()
+_inherited: list[Any] = []  # by a process that was forked: its end would end workers that are not its own
 
 
 def _forget_dead_workers(loader: DataLoader) -> None:
@@ -192,6 +223,7 @@ class _Keys:
 
     def __init__(self, order: Iterable[Any], is_batched: bool) -> None:
         self.order, self.is_batched, self.is_busy = order, is_batched, False
+        self.seeds: deque = deque()  # of batches to come, in ranks that load samples themselves
 
     def watching(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches of a pass in this order, known to be under way until they end or nobody wants them any more."""
@@ -206,6 +238,7 @@ class _Keys:
     ) -> None:
         self.number, self.recent, self.is_seeded, self.start = number, recent, is_seeded, start
         self.share, self.parts = share, parts
+        self.seeds.clear()
 
     def __len__(self) -> int:
         return len(self.order)
@@ -219,6 +252,8 @@ class _Keys:
                 samples = list(samples)
                 mine, part = share(len(samples))
                 parts.append(part)
+            if share is not None and not self.is_seeded:
+                self.seeds.append(sample_seeds(number, batch, len(samples))[mine][0])
             if not self.is_seeded:
                 yield samples if share is None else samples[mine]
             elif self.is_batched:
@@ -245,7 +280,7 @@ def _made_of(loader: DataLoader, order: _Keys, **options: Any) -> DataLoader:
     }
     is_whole = loader.batch_sampler is None  # samples come as they are
     ordered = {"sampler": order, "batch_size": None} if is_whole else {"batch_sampler": order}
-    dataset = NamingDataset(loader.dataset, is_seeded=has_workers)
+    dataset = NamingDataset(loader.dataset, is_seeded=has_workers, seeds=None if has_workers else order.seeds)
     collate = partial(dataset.collate, loader.collate_fn)
     return DataLoader(dataset, collate_fn=collate, **ordered, **settings | options)
 

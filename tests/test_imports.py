@@ -102,7 +102,7 @@ BELOW = {
     "backends.deepspeed": {"backends.ddp", "backends.zero"},
     "backends.zero": set(),
     "backends.batchnorm": set(),
-    "backends.launch": set(),
+    "backends.launch": {"backends.ranks"},
     "backends.ranks": {"backends.single", "backends.speed", "structures"},
     "backends.single": {"recomputing", "structures"},
     "backends.speed": set(),

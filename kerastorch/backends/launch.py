@@ -7,12 +7,14 @@ forked process are gone; its GPUs are its own.
 
 from __future__ import annotations
 
+import base64
 import builtins
 import gc
 import io
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -30,9 +32,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .ranks import SCRATCH
+
 FORWARDED = ("SIGINT", "SIGTERM", "SIGUSR1")
 MONITOR_INTERVAL_S = 0.1
+PARENT_INTERVAL_S = 1.0
 LAST_WORDS_S = 0.5
+SIGNALLED = "signal"
 
 
 class RankError(RuntimeError):
@@ -50,11 +56,12 @@ def launch(processes: int, call: Callable[[], Any], max_restarts: int = 0) -> An
         RuntimeError: ranks cannot be started here.
         Exception: a rank failed: its own error if that is one of Python's, with its traceback as the cause.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _refuse_no_fork()
-    with tempfile.TemporaryDirectory(prefix="kerastorch-ranks-") as folder:
+    with tempfile.TemporaryDirectory(prefix="kerastorch-ranks-") as folder, _environment_kept():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -66,17 +73,19 @@ def launch(processes: int, call: Callable[[], Any], max_restarts: int = 0) -> An
             max_restarts=max_restarts,
             monitor_interval=MONITOR_INTERVAL_S,
             start_method="fork",
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         sys.stdout.flush()  # else each rank would print again what waits here
         exit_codes = None
         try:
-            with _signals_forwarded(Path(folder)), _quiet():
+            with _signals_forwarded(Path(folder), processes), _quiet():
                 returned = _in_thread(partial(elastic_launch(config, _as_rank), call, folder))
         except ChildFailedError as error:  # not kept, nor what its traceback holds: the launcher's store and threads
             exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         if exit_codes is not None:
             raise_first_failure(Path(folder), processes, exit_codes)
-        return torch.load(io.BytesIO(returned[0]), weights_only=False)  # of this process's own child, through a pipe
+        # Of this process's own child, through a pipe; to the host: a process that has used a GPU cannot be forked.
+        return torch.load(io.BytesIO(returned[0]), map_location="cpu", weights_only=False)
 
 
 def _in_thread(function: Callable[[], Any]) -> Any:
@@ -120,7 +129,7 @@ def _as_rank(call: Callable[[], Any], folder: str) -> bytes | None:
         if rank != "0":
             return None
         packed = io.BytesIO()
-        torch.save(returned, packed)
+        torch.save(returned, packed, pickle_protocol=pickle.HIGHEST_PROTOCOL)  # else numpy's arrays would take long
         return packed.getvalue()
     except BaseException as error:
         _put_down(error, Path(folder), rank, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -141,8 +150,19 @@ def _begin(pid_file: Path) -> None:
         number = getattr(signal, name)
         signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
     torch.set_num_threads(1)
+    os.environ[SCRATCH] = str(pid_file.parent)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     gc.freeze()  # what the calling process has left, such as the store of an earlier launch, waits for its threads
     pid_file.write_text(str(os.getpid()))
+    if (signalled := pid_file.parent / SIGNALLED).exists():  # before there was a process to send it to
+        os.kill(os.getpid(), int(signalled.read_text()))
+
+
+def _end_with(parent: int) -> None:
+    """A rank does not outlive the process that has started it, whatever ends that."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_INTERVAL_S)
+    os._exit(1)
 
 
 def _put_down(error: BaseException, folder: Path, rank: str, attempt: str) -> None:
@@ -151,6 +171,8 @@ def _put_down(error: BaseException, folder: Path, rank: str, attempt: str) -> No
         "time": time.time(),
         "type": type(error).__name__,
         "message": _message_of(error),
+        "errno": getattr(error, "errno", None),
+        "packed": None if type(error).__module__ == "builtins" else _packed(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
     partly = folder / f"{rank}.{attempt}.partly"
@@ -159,6 +181,22 @@ def _put_down(error: BaseException, folder: Path, rank: str, attempt: str) -> No
     limit = time.monotonic() + LAST_WORDS_S
     while len([*folder.glob(f"*.{attempt}.error")]) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < limit:
         time.sleep(0.02)  # once this rank is gone the launcher ends the others, who may have the same to say
+
+
+def _packed(error: BaseException) -> str | None:
+    """An error of a type that is not Python's; `None` = it cannot be brought back."""
+    try:
+        return base64.b64encode(pickle.dumps(error)).decode()
+    except Exception:  # whatever a type of somebody's own may raise there
+        return None
+
+
+def _unpacked(packed: str | None) -> Exception | None:
+    try:
+        error = packed and pickle.loads(base64.b64decode(packed))
+    except Exception:
+        return None
+    return error if isinstance(error, Exception) else None
 
 
 def _message_of(error: BaseException) -> str:
@@ -190,7 +228,16 @@ def raise_first_failure(folder: Path, processes: int, exit_codes: dict[int, int]
     kind = known if isinstance(known, type) and issubclass(known, (Exception, KeyboardInterrupt)) else RuntimeError
     is_of_all = len(said) == processes and len({(one["type"], one["message"]) for one in said.values()}) == 1
     which = "" if is_of_all else f" (rank {rank})"
-    raise kind(f"{first['message']}{which}") from RankError(f"in rank {rank}:\n{first['traceback']}")
+    if (own := _unpacked(first["packed"])) is not None:
+        raise own from RankError(f"in rank {rank}:\n{first['traceback']}")
+    cause = RankError(f"in rank {rank}:\n{first['traceback']}")
+    try:
+        error = kind(f"{first['message']}{which}")
+    except TypeError:  # one that wants other arguments
+        error = RuntimeError(f"{first['type']}: {first['message']}{which}")
+    if first["errno"] is not None:
+        error.errno = first["errno"]
+    raise error from cause
 
 
 def _end_of(exitcode: int | None) -> str:
@@ -208,11 +255,26 @@ def _is_of_another(words: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _signals_forwarded(folder: Path) -> Iterator[None]:
+def _environment_kept() -> Iterator[None]:
+    """The launcher sets variables of its own."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
+def _signals_forwarded(folder: Path, processes: int) -> Iterator[None]:
     """Signals that end a run go on to the ranks, which end it; the process itself waits for them."""
 
     def forward(number: int, frame: Any) -> None:
-        for file in folder.glob("*.pid"):
+        begun = [*folder.glob("*.pid")]
+        if len(begun) < processes:
+            (folder / SIGNALLED).write_text(str(number))
+        for file in begun:
             try:
                 os.kill(int(file.read_text()), number)
             except (ProcessLookupError, ValueError):  # it is over, or has not written its number yet

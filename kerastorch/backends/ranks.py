@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import accumulate
+from itertools import accumulate, count
 from math import ceil
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -37,6 +37,9 @@ from .single import Single
 from .speed import as_weights, multiplications_per_s
 
 GPUS = ("cuda", "xpu")
+_HOSTS: dict[tuple[Any, float], Any] = {}  # one group for all backends of a process: each has threads and sockets
+_MEETINGS = count()
+SCRATCH = "KERASTORCH_SCRATCH"  # variable of the environment: where ranks that must not write put what they write
 AGREE_S, MOST_CALLS = 0.1, 100  # how long one rank's wish to end may wait, and for how many batches
 
 
@@ -129,13 +132,15 @@ class Ranks(Single):
             kind = self.device.type
             engine = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
             store, rank, world = next(rendezvous("env://", timeout=limit))
-            # Ranks that were started again must not find the addresses of those before them.
-            store = dist.PrefixStore(f"kerastorch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            # Ranks that were started again, or have parted, must not find the addresses of those before them.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0), next(_MEETINGS)
+            store = dist.PrefixStore(f"kerastorch/{attempt}", store)
             dist.init_process_group(engine, store=store, rank=rank, world_size=world, timeout=limit)
             atexit.register(_leave)  # else threads of the group may be at work while the process ends
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         # A group of its own: what the hosts tell one another never waits for what the devices do.
-        self.hosts = dist.new_group(backend="gloo", timeout=limit)
+        met = dist.group.WORLD, self.timeout_s
+        self.hosts = _HOSTS[met] = _HOSTS.get(met) or dist.new_group(backend="gloo", timeout=limit)
         self.is_joined, self.starts_ranks = True, False
         self._refuse_other_world()
         if self.weights == "auto":
@@ -145,7 +150,8 @@ class Ranks(Single):
         self._bounds = [0.0, *(upto / sum(weights) for upto in accumulate(weights))]
         self.share = self._share
         if self.rank > 0:
-            self._scratch = tempfile.TemporaryDirectory(prefix=f"kerastorch-rank{self.rank}-")
+            folder = os.environ.get(SCRATCH)  # of the launcher, since a forked process tidies nothing up
+            self._scratch = tempfile.TemporaryDirectory(prefix=f"kerastorch-rank{self.rank}-", dir=folder)
             self.scratch = self._scratch.name
 
     def _refuse_other_world(self) -> None:
