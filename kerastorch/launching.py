@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from functools import partial, wraps
@@ -33,7 +34,7 @@ def _launched(model: Any, name: str, *args: Any, **options: Any) -> Any:
         return getattr(type(model), name)(model, *args, **options)
     _refuse_wrong_names(model, name, args, options)
     generators = generators_in([args, options, model.module])
-    call = partial(_in_rank, model, name, args, options, generators, random_state(generators))
+    call = partial(_in_rank, model, name, args, options, generators, random_state(generators), time.time())
     return _take_back(model, model.backend.launch(call), options, generators)
 
 
@@ -46,7 +47,13 @@ def _refuse_wrong_names(model: Any, name: str, args: tuple, options: dict[str, A
 
 
 def _in_rank(
-    model: Any, name: str, args: tuple, options: dict[str, Any], generators: list[Generator], random: dict[str, Any]
+    model: Any,
+    name: str,
+    args: tuple,
+    options: dict[str, Any],
+    generators: list[Generator],
+    random: dict[str, Any],
+    began_s: float,
 ) -> dict[str, Any]:
     """What a process that was started for it does: the verb, and what of it the calling process needs."""
     set_random_state(random, generators)  # the launcher has drawn some
@@ -54,9 +61,9 @@ def _in_rank(
     arrive(model)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if restarts and name == "fit":
-        options = options | _going_on(options)
+        options = options | _going_on(model, options, began_s)
         if model.backend.rank == 0:
-            where = "from their last file" if options.get("resume") else "from the beginning, for want of a file"
+            where = "from their last file" if options.get("resume") else "from where the call began, for want of a file"
             warnings.warn(f"a rank has died; all were started again (restart {restarts}) {where}.", stacklevel=2)
     value = getattr(model, name)(*args, **options)
     trained = {name for name, one in model.module.named_parameters() if one.requires_grad}
@@ -89,10 +96,18 @@ def arrive(model: Any) -> None:
     restore(model, state)
 
 
-def _going_on(options: Mapping[str, Any]) -> dict[str, Any]:
-    """After a process has died: from the newest file, where callbacks write one."""
-    savers = [one for one in _callbacks_in(options) if hasattr(one, "saved_files") or hasattr(one, "backups")]
-    return {"resume": True} if savers and options.get("resume") is None else {}
+def _going_on(model: Any, options: Mapping[str, Any], began_s: float) -> dict[str, Any]:
+    """After a process has died: from the newest file that callbacks have written since the call began."""
+    files = []
+    for one in _callbacks_in(options):
+        for method in ("backups", "saved_files"):
+            if hasattr(one, method):
+                one.set_model(model)
+                files += getattr(one, method)()
+    written = [(path.stat().st_mtime, str(path)) for path in files if path.exists()]
+    written = [path for time_s, path in sorted(written) if time_s >= began_s]
+    found = model.backend.collect(written)[0]  # rank 0 has written them
+    return {"resume": found[-1]} if found else {}
 
 
 def _callbacks_in(options: Mapping[str, Any]) -> list[Any]:

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +236,13 @@ def test_a_loader_whose_workers_persist_serves_ranks_too():
     assert model.fit(loader, verbose=0).epoch == [0]  # its own workers are still there
 
 
+class Slowly(kt.callbacks.Callback):
+    adds_to_logs = ()
+
+    def on_epoch_end(self, epoch, logs=None):
+        time.sleep(0.7)
+
+
 LONG = """
 import os, time, torch, kerastorch as kt
 from torch import nn
@@ -247,6 +256,18 @@ x = torch.rand(6400, 4)
 model = kt.Model(nn.Linear(4, 1), backend=kt.backends.DDP(2)).compile("sgd", "mse")
 model.fit(x, x[:, :1], epochs=20, verbose=0, callbacks=[Waits()])
 """
+
+
+def test_a_handler_of_ones_own_stays():
+    calls = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: calls.append(number))
+    try:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        model = regressor(BACKENDS["two"]())
+        history = model.fit(X, Y, epochs=3, verbose=0, callbacks=[Slowly()])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert history.epoch == [0, 1, 2] and calls == [signal.SIGUSR1]
 
 
 def test_ranks_end_with_the_process_that_has_started_them(tmp_path):

@@ -268,7 +268,7 @@ def _environment_kept() -> Iterator[None]:
 
 @contextmanager
 def _signals_forwarded(folder: Path, processes: int) -> Iterator[None]:
-    """Signals that end a run go on to the ranks, which end it; the process itself waits for them."""
+    """Signals that end a run go on to the ranks, which end it; a handler that the user has installed stays."""
 
     def forward(number: int, frame: Any) -> None:
         begun = [*folder.glob("*.pid")]
@@ -284,7 +284,8 @@ def _signals_forwarded(folder: Path, processes: int) -> Iterator[None]:
         yield
         return
     numbers = [getattr(signal, name) for name in FORWARDED]
-    before = {number: signal.signal(number, forward) for number in numbers}
+    ours = [one for one in numbers if signal.getsignal(one) in (signal.SIG_DFL, signal.default_int_handler)]
+    before = {number: signal.signal(number, forward) for number in ours}
     try:
         yield
     finally:

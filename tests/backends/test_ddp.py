@@ -375,6 +375,17 @@ def test_ranks_are_started_again_from_the_last_file(tmp_path):
     assert (tmp_path / "0" / "died").exists() and ends[0] == ends[1]
 
 
+def test_ranks_are_not_started_again_from_the_files_of_an_earlier_run(tmp_path):
+    more = "[kt.callbacks.ModelCheckpoint('{epoch}.pt')]"
+    ends = []
+    for failure in ("pass", "os.path.exists('died') or (open('died', 'w').close(), os.kill(os.getpid(), 9))"):
+        path = script(tmp_path, failure, "2, timeout_s=60, max_restarts=1", more)
+        ran = finished(start([sys.executable, str(path)], cwd=tmp_path))
+        assert ran.returncode == 0, ran.stderr
+        ends.append(ran.stdout.splitlines()[-1])
+    assert ends[0] == ends[1] and "all were started again (restart 1) from where the call began" in ran.stderr
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_a_signal_ends_ranks_that_fit_has_started_with_all_saved(tmp_path, name):
     process = start(
