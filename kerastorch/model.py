@@ -1279,9 +1279,11 @@ def _fingerprint(targets: Any) -> list[float]:
 
 
 def _checksum(module: nn.Module) -> str:
-    """What other weights would not sum up to; of parts of parameters nothing."""
-    whole = [one.detach() for one in module.parameters() if not hasattr(one, "to_local") and one.is_floating_point()]
-    return str(float(torch.stack([one.double().sum() for one in whole]).sum())) if whole else ""
+    """What other weights would not sum up to; nothing where a process has parts of them."""
+    weights = [one.detach() for one in module.parameters() if one.is_floating_point()]
+    if not weights or any(one.is_meta or hasattr(one, "to_local") for one in weights):
+        return ""
+    return str(sum(one.double().sum() for one in weights).item())
 
 
 def _hears_batches(callbacks: list[Any], stage: str) -> bool:
