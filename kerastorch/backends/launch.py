@@ -54,7 +54,8 @@ def launch(processes: int, call: Callable[[], Any], max_restarts: int = 0) -> An
         max_restarts: How often all are started again when one has failed.
     Raises:
         RuntimeError: ranks cannot be started here.
-        Exception: a rank failed: its own error if that is one of Python's, with its traceback as the cause.
+        Exception: a rank failed: an error of its own type where that can be brought back, else `RuntimeError`, with
+            its traceback as the cause.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -192,9 +193,10 @@ def _packed(error: BaseException) -> str | None:
 
 
 def _unpacked(packed: str | None) -> Exception | None:
+    """The error again; `None` = there is none of that kind, or its type cannot be made of what it was pickled as."""
     try:
-        error = packed and pickle.loads(base64.b64decode(packed))
-    except Exception:
+        error = packed and pickle.loads(base64.b64decode(packed))  # of this process's own child
+    except Exception:  # its text is there, too
         return None
     return error if isinstance(error, Exception) else None
 
