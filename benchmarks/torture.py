@@ -29,7 +29,6 @@ import contextlib
 import json
 import os
 import random
-import select
 import signal
 import subprocess
 import sys
@@ -83,12 +82,25 @@ class Augmented(Dataset):
 
 
 class Pulse(kt.Callback):
-    """A byte for each batch, for whoever counts them and knows thereby that training has begun."""
+    """A byte in a file for each batch, for whoever counts them and knows thereby that training has begun.
+
+    Args:
+        path: The file. Standard output would not do: libraries print there.
+    """
 
     rank_zero_only = True
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        os.write(sys.stdout.fileno(), b".")
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(b".")
+
+
+def pulse_of(folder: Path) -> Path:
+    """The file of `Pulse`, beside the folder of a run."""
+    return folder.with_name(folder.name + ".pulse")
 
 
 def network() -> nn.Module:
@@ -117,7 +129,7 @@ def train(kind: str, data: Path, folder: Path, epochs: int) -> None:
         "adamw", "cross_entropy", metrics=["accuracy"], lr=3e-3, schedule=kt.schedules.cosine(warmup=0.1), clip=1.0
     )
     callbacks = [
-        Pulse(),
+        Pulse(pulse_of(folder)),
         kt.callbacks.ModelCheckpoint(folder / "best.pt", save_best_only=True, save_last=True),
         kt.callbacks.EMA(0.95),
         kt.callbacks.CSVLogger(folder / "log.csv", append=True),
@@ -221,17 +233,19 @@ def live(command: list[str], folder: Path, moment: Moment | None) -> Life:
     """
     # What trains is what this process has imported.
     environment = os.environ | {"PYTHONPATH": str(Path(kt.__file__).parents[1])}
+    pulse = pulse_of(folder)
+    pulse.write_bytes(b"")
     start = time.monotonic()
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, bufsize=0, env=environment, start_new_session=True
+            command, stdout=subprocess.DEVNULL, stderr=errors, env=environment, start_new_session=True
         )
         try:
             if moment is not None and moment.is_starting:
                 _sleep(process, moment.after_s)
                 began = start
             else:
-                _sleep_until_written_to(process)
+                _sleep_until_written_to(process, pulse)
                 began = time.monotonic()
                 if moment is not None:
                     _sleep(process, moment.after_s)
@@ -244,8 +258,7 @@ def live(command: list[str], folder: Path, moment: Moment | None) -> Life:
             _kill_all(process.pid)
             process.wait()
         train_s = time.monotonic() - began
-        batches = len(process.stdout.read())  # to its end: nobody is left who could write
-        process.stdout.close()
+        batches = pulse.stat().st_size
         if (not is_killed and process.returncode) or (is_killed and moment is None):
             errors.seek(0)
             raise RuntimeError(f"the training script ended with {process.returncode}:\n{errors.read().decode()}")
@@ -273,8 +286,11 @@ def _sleep(process: subprocess.Popen, duration_s: float) -> None:
         return
 
 
-def _sleep_until_written_to(process: subprocess.Popen) -> None:
-    select.select([process.stdout], [], [], LIMIT_S)
+def _sleep_until_written_to(process: subprocess.Popen, path: Path) -> None:
+    """Until a file is no longer empty, or the process ends."""
+    end = time.monotonic() + LIMIT_S
+    while not path.stat().st_size and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.001)
 
 
 def _sleep_until_files(process: subprocess.Popen, folder: Path, count: int) -> None:

@@ -75,7 +75,8 @@ def test_a_kill_is_one_of_all_processes_and_counted_by_what_it_hit(tmp_path):
     script = tmp_path / "script.sh"
     # The first one sleeps with a child and a file half written, the second one comes to its end.
     script.write_text(
-        '[ -e "$1/.a.tmp" ] && rm "$1/.a.tmp" && printf . && exit\nprintf .; touch "$1/.a.tmp"; sleep 60 & sleep 60'
+        'printf . >> "$1.pulse"; echo something else\n'
+        '[ -e "$1/.a.tmp" ] && rm "$1/.a.tmp" && exit\ntouch "$1/.a.tmp"; sleep 60 & sleep 60'
     )
     folder, result = tmp_path / "run", torture.Result("arrays", differences=[])
     folder.mkdir()
