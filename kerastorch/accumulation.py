@@ -94,7 +94,7 @@ class Window:
 
     def close(self) -> None:
         """Leaves the gradient of the mean over the whole window in the parameters."""
-        for name, total in zip(self._own, self.ranks.mean([*self._own.values()]), strict=True):
+        for name, total in zip(self._own, _means(self.ranks, [*self._own.values()]), strict=True):
             self._totals[name] = self._totals.get(name, 0) + total
         if self._apart:
             for name, gradients in self._apart.items():
@@ -110,8 +110,8 @@ class Window:
         """A window by itself: leaves the gradient of a batch, of all processes' parts, and returns its loss."""
         losses = [share.loss.detach() for share in shares]
         self.backward(shares, rows, rows, Tensor.backward)
-        counts = [self.ranks.counts(1 if share.count is None else share.count, rows, rows)[0] for share in shares]
-        totals = self.ranks.mean([one * count for one, count in zip(losses, counts, strict=True)] + counts)
+        counts = [self.ranks.part.counts(1 if share.count is None else share.count, rows, rows)[0] for share in shares]
+        totals = _means(self.ranks, [one * count for one, count in zip(losses, counts, strict=True)] + counts)
         self.close()
         parts = zip(totals[: len(shares)], totals[len(shares) :], strict=True)
         return sum(total / count for total, count in parts)
@@ -159,11 +159,11 @@ class Window:
         name, loss, count, most = share
         expected = self._expected.get(name)
         if expected is None:
-            expected = self._expected[name] = self.ranks.expected(self.size, most / (samples / of))
+            expected = self._expected[name] = self.ranks.part.expected(self.size, most / (samples / of))
         if count is None:  # a sum, which nothing divides
             self._totals[name] = None
             return loss if self.ranks.world == 1 else loss * self.ranks.world
-        count, total = self.ranks.counts(count, samples, of)
+        count, total = self.ranks.part.counts(count, samples, of)
         if total is None:
             self._own[name] = self._own.get(name, 0) + count
         else:
@@ -237,7 +237,7 @@ class Parked:
 
     def put_back(self, scale: Tensor | None) -> None:
         """Leaves the mean over the samples of the window in the parameters."""
-        (weight,) = self.ranks.mean([self._weight])
+        (weight,) = _means(self.ranks, [self._weight])
         if isinstance(weight, Tensor):
             weight = torch.where(weight > 0, weight, 1.0)
         there = [gradient for gradient in self._gradients if gradient is not None]
@@ -285,6 +285,11 @@ def merged_parked(states: Sequence[Mapping[str, Any]], is_first: bool) -> dict[s
         return dict(states[0]) | {"gradients": [None] * len(states[0]["gradients"]), "weight": 0.0}
     gradients = [_sum(parts) for parts in zip(*(state["gradients"] for state in states), strict=True)]
     return dict(states[0]) | {"gradients": gradients, "weight": sum(state["weight"] for state in states)}
+
+
+def _means(ranks: Any, values: Sequence[float | Tensor]) -> Sequence[float | Tensor]:
+    """Of all processes, where each has its own."""
+    return [one / ranks.world for one in ranks.sum(values)] if ranks.measures_parts else values
 
 
 def _sum(gradients: Iterable[Tensor | None]) -> Tensor | None:

@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import torch
 
 from .memory import is_out_of_memory
-from .step import forward_backward, samples_in
+from .missing import is_of_another, words_of
+from .step import forward_backward
+from .structures import samples_in
 
 LOOP = f"{__package__}.loop"
 READING = tuple(f"{__package__}.{name}" for name in ("backends.", "data", "passes", "samples"))
 
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+(?:, \d+)*)\) (?:exited unexpectedly|is killed)")
 HOW_IT_DIED = re.compile(r"killed by signal: ([^.]+)\.|with exit code (\d+)")
-
-LOST_RANK = re.compile(r"Timed out waiting|Connection (?:closed|reset) by peer|collective operation timeout")
 
 UNUSED = "Expected to have finished reduction in the prior iteration"
 
@@ -96,8 +96,8 @@ def _explained(error: BaseException, raised: BaseException, in_callback: Callabl
         return error
     if dead := _dead_worker(error):
         return RuntimeError(_text_of_dead(*dead, place))
-    if isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
-        return RuntimeError(_text_of_lost(error, place))
+    if is_of_another(error):
+        return RuntimeError(words_of(error, str(place)))
     if isinstance(error, RuntimeError) and UNUSED in str(error):
         return RuntimeError(
             f"a parameter got no gradient {place}, or in the step before, as it did in others, and the ranks waited "
@@ -108,19 +108,6 @@ def _explained(error: BaseException, raised: BaseException, in_callback: Callabl
     if is_out_of_memory(error) and not is_told:
         return _again(error, _text_of_memory(error, place))
     return error
-
-
-def _text_of_lost(error: RuntimeError, place: Place) -> str:
-    if "by peer" in str(error):
-        return (
-            f"another rank has ended, which this one missed {place}. That one's own error says why. "
-            f"({str(error).splitlines()[0]})"
-        )
-    return (
-        f"this rank waited in vain for another one, {place}. That one has ended, and its own error says why; or it "
-        f"does something else, as where a callback or an if on the rank has only some of them evaluate, save or step. "
-        f"Have all ranks do the same, or give the backend a longer timeout_s. ({str(error).splitlines()[0]})"
-    )
 
 
 def _untangle(error: BaseException) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .kinds import damaged
-from .writing import hexdigest_of
+from .writing import failure_of_first, hexdigest_of
 
 ENDING = ".dcp"
 STATE = "state.pt"
@@ -58,7 +58,7 @@ def write(path: str | os.PathLike, state: Mapping[str, Any], parts: Mapping[str,
             temporary.mkdir(parents=True)
     except OSError as failure:
         error = failure
-    _raise(ranks.share_failure(error))
+    _raise(failure_of_first(ranks, error))
     try:
         if parts:
             _save(temporary, parts)
@@ -71,7 +71,7 @@ def write(path: str | os.PathLike, state: Mapping[str, Any], parts: Mapping[str,
     finally:
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-    _raise(ranks.share_failure(error))
+    _raise(failure_of_first(ranks, error))
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .accumulation import Window
 from .memory import free_memory, is_out_of_memory
-from .step import Batch, Recipe, samples_in
-from .structures import detached, map_structure
+from .step import Batch, Recipe
+from .structures import detached, map_structure, samples_in
 
 
 class PiecewiseStep:

@@ -64,13 +64,13 @@ from .step import (
     open_windows,
     optimizer_step,
     rate_of,
-    samples_in,
 )
-from .structures import join, leaves, map_structure
+from .structures import join, leaves, map_structure, samples_in
 from .summary import Summary, summarize
 from .tbptt import TruncatedStep
 from .tensors import is_arrays, is_numbers, to_tensor
 from .tracker import Tracker, copies
+from .writing import failure_of_first
 
 
 class Model:
@@ -618,8 +618,7 @@ class Model:
             True
         """
         checkpoint.refuse_ending(path, is_weights=True)
-        self.backend.gather_state()
-        self._write(checkpoint.write_weights, path, self.backend.whole(self.module.state_dict()))
+        self._write(checkpoint.write_weights, path, self.backend.state(self.module))
 
     def load_weights(self, path: str | os.PathLike, *, strict: bool = True, skip_mismatch: bool = False) -> Model:
         """Puts weights into the module; optimizer and all else stay as they are.
@@ -680,7 +679,7 @@ class Model:
                 Path(path).touch()
         except Exception as failure:
             error = failure
-        error = self.backend.share_failure(error)
+        error = failure_of_first(self.backend, error)
         if error is not None:
             raise error
 
@@ -949,13 +948,12 @@ class Model:
         return getattr(getattr(self, name), "__func__", None) is not getattr(Model, name)
 
     def _own_loss(self, batch: tuple) -> Any:
-        self._running.samples = self.backend.samples_of(batch[0])
+        self._running.samples = self.backend.part.samples_of(samples_in(batch[0]))
         return self.compute_loss(batch)
 
     def get_weights(self) -> list[np.ndarray]:
         """Copies of all parameters and buffers as numpy arrays, in the order of `module.state_dict()`."""
-        self.backend.gather_state()
-        state = self.backend.whole(self.module.state_dict())
+        state = self.backend.state(self.module)
         return [to_numpy(tensor.detach().cpu()).copy() for tensor in state.values()]
 
     def set_weights(self, weights: list[np.ndarray]) -> None:

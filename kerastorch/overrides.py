@@ -17,6 +17,7 @@ from .checks import refuse_no_number
 from .optimizers import needs_closure
 from .precision import LOW, Precision, autocast
 from .step import Batch, Recipe, Update, loss_scale, move_after_step, optimizer_step, update_scale
+from .structures import samples_in
 
 KEPT = ("first_samples", "batches", "calls", "has_stepped", "in_window")  # what goes on from one batch to the next
 
@@ -54,8 +55,8 @@ class OwnStep:
 
     def __call__(self, recipe: Recipe, batch: Batch) -> bool:
         x, target, weight = batch
-        samples = recipe.samples = recipe.ranks.samples_of(x)
-        self._first_samples = self._first_samples or recipe.ranks.expected(1, samples)
+        samples = recipe.samples = recipe.ranks.part.samples_of(samples_in(x))
+        self._first_samples = self._first_samples or recipe.ranks.part.expected(1, samples)
         before = recipe.tracker.samples
         if recipe.window is not None:
             self._park()
@@ -105,7 +106,7 @@ class OwnStep:
 
     def weigh(self, count: int | Tensor, loss: Tensor, rows: int) -> None:
         """Has the batch count by what its loss is the mean over, say unmasked targets, instead of its samples."""
-        count, _ = self.recipe.ranks.counts(count, rows, rows)
+        count, _ = self.recipe.ranks.part.counts(count, rows, rows)
         # In the dtype of the loss: the quotient of whole numbers would be a float32.
         count = count.to(loss.dtype) if isinstance(count, Tensor) else count
         self._weight = count / self._first_samples

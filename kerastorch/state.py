@@ -27,14 +27,12 @@ def state_of(model: Any, callbacks: Iterable[Any] = ()) -> dict[str, Any]:
         model: A `kerastorch.Model`.
         callbacks: Whose states to take, in order; one without `state_dict`, such as Keras's, has none.
     """
-    model.backend.gather_state()
-    scaler = _scaler_of(model)
+    scaler, whole = _scaler_of(model), model.backend.whole
     for update in model.updates.values():
         if update.scaled_step is not None:
             update.scaled_step.settle()  # what the next step would begin with
-    whole = model.backend.whole
     return {
-        "module": whole(model.module.state_dict()),
+        "module": model.backend.state(model.module),
         "optimizers": {name: _optimizer_state(model, one.optimizer) for name, one in model.updates.items()},
         "schedules": {name: None if one is None else one.state_dict() for name, one in _schedules_of(model).items()},
         "scaler": None if scaler is None else scaler.state_dict(),
@@ -55,7 +53,7 @@ def refuse_unsavable(model: Any, *, is_weights: bool) -> None:
         TypeError: something is no plain data.
     """
     if is_weights:
-        refuse_no_weights(model.backend.whole(model.module.state_dict()))
+        refuse_no_weights(model.backend.state(model.module))
     else:
         plain(state_of(model, model._callbacks), "state")
 
@@ -197,7 +195,7 @@ def _has_other_shape(own: Any, given: Any) -> bool:
 
 def _optimizer_state(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Its state, and what it is of: torch's own state knows parameters by their numbers alone."""
-    state = model.backend.optimizer_state(optimizer)
+    state = model.backend.state(optimizer)
     return {"kind": type(optimizer).__name__, "groups": _groups(model.module, optimizer), "state": state}
 
 
@@ -211,7 +209,7 @@ def _load_optimizer(backend: Any, optimizer: torch.optim.Optimizer, state: dict[
     own = [{key: group[key] for key in OPTIONS_OF_DEVICE if key in group} for group in optimizer.param_groups]
     rates = [group.get("lr") for group in optimizer.param_groups]
     groups = [saved | options for saved, options in zip(state["param_groups"], own, strict=True)]
-    backend.load_optimizer(optimizer, state | {"param_groups": groups})
+    backend.load(optimizer, state | {"param_groups": groups})
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(rate, Tensor):
             group["lr"] = rate.fill_(group["lr"])  # in place: a captured graph reads it from this very tensor

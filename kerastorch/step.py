@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .accumulation import Parked, Window
 from .losses import Share
 from .precision import ScaledStep
-from .structures import leaves
+from .structures import samples_in
 from .tracker import Tracker
 
 Batch = tuple[Any, Any, Any]  # inputs, targets, weights; targets and weights may be `None`
@@ -253,8 +253,3 @@ def forward(module: nn.Module, x: Any) -> Any:
     if isinstance(x, Mapping):
         return module(**x)
     return module(x)
-
-
-def samples_in(x: Any) -> int:
-    """How many samples a batch has: the length of its first tensor."""
-    return len(next(leaf for leaf in leaves(x) if isinstance(leaf, Tensor)))

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 
 def map_structure(function: Callable[[Any], Any], tree: Any) -> Any:
     """Applies `function` to every leaf of `tree` and keeps its structure; `None` stays `None`."""
@@ -36,6 +38,11 @@ def leaves(tree: Any) -> Iterator[Any]:
             yield from leaves(value)
     elif tree is not None:
         yield tree
+
+
+def samples_in(x: Any) -> int:
+    """How many samples a batch has: the length of its first tensor."""
+    return len(x if isinstance(x, Tensor) else next(leaf for leaf in leaves(x) if isinstance(leaf, Tensor)))
 
 
 def named_leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .step import Batch, Recipe, optimizer_step, samples_in
-from .structures import detached, leaves, map_structure
+from .step import Batch, Recipe, optimizer_step
+from .structures import detached, leaves, map_structure, samples_in
 
 TIME = 1  # the dim of time, behind that of samples
 

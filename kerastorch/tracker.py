@@ -88,8 +88,7 @@ class Tracker:
             samples: How many rows it has.
             weight: Their weights.
         """
-        part = self.ranks.part
-        if part is not None and not part.samples:  # one of another process's is here in the place of none
+        if self.ranks.part.samples == 0:  # one of another process's is here in the place of none
             samples = 0
         if self._keeps_outputs:
             # Without its graph, so that keeping the output keeps no activations.

@@ -18,12 +18,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 CHUNK_BYTES = 1 << 20
 UNTOUCHED_S = 24 * 3600.0  # no writer is so slow
 TEMPORARY = re.compile(r"\.[0-9a-f]{12}-([0-9a-f]{12})-(\d+)-[0-9a-f]{8}\.tmp")  # what is written, where, and by whom
 NO_FLUSHING = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # of file systems that know no fsync of a folder
+
+
+def failure_of_first(ranks: Any, error: Exception | None) -> Exception | None:
+    """What rank 0, which writes for all, has failed with: each process is to fail where it does.
+
+    Args:
+        ranks: The backend; all processes must ask.
+        error: What this one has failed with.
+    """
+    said = ranks.collect(error and [getattr(error, "errno", None), str(error)])[0]
+    if error is not None or said is None:
+        return error
+    return OSError(*said) if said[0] is not None else RuntimeError(f"rank 0 failed: {said[1]}")
 
 
 @contextmanager

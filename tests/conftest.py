@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from sklearn.datasets import load_diabetes, load_digits
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from kerastorch import seeding
 
 torch.set_num_threads(1)  # many tiny operations: a second thread only waits
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
 
 
 @pytest.fixture(autouse=True)

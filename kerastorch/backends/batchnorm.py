@@ -38,7 +38,7 @@ def normalizing(module: nn.Module, ranks: Any) -> Iterator[None]:
     Args:
         module: Its BatchNorm layers get a `forward` of their own, and lose it again.
         ranks: The backend. `sync_batchnorm` says whether they normalize by the whole batch, `in_pieces` that there is
-            none to be seen; `part.samples` is 0 where this rank's samples count nothing.
+            none to be seen; `part` that this rank's samples count nothing.
     """
     layers = [one for one in module.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
     for layer in layers:
@@ -51,7 +51,7 @@ def normalizing(module: nn.Module, ranks: Any) -> Iterator[None]:
 
 
 def _forward(layer: Any, ranks: Any, x: Tensor) -> Tensor:
-    counts = ranks.part is None or ranks.part.samples > 0
+    counts = ranks.part.samples_of(1) > 0
     is_trained = layer.training or layer.running_mean is None
     if is_trained and ranks.sync_batchnorm and not ranks.in_pieces:
         return _normalized(layer, x, counts)

@@ -253,28 +253,28 @@ class FSDP(DDP):
     def parted(self, tree: Any, module: nn.Module) -> Any:
         return _parted(tree, module.state_dict(keep_vars=True)) if self._has_parts else tree
 
-    def load(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        super().load(module, self.parted(weights, module))
-
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        state = self.whole(optimizer.state_dict())
-        if self._owners is not None:
+    def state(self, of: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
+        with self._saying_who_is_missed():
+            state = super().state(of)
+        if self._owners is not None and isinstance(of, torch.optim.Optimizer):
             for other in self.collect(_on_host(state["state"])):
                 state["state"].update(other)
         return state
 
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    def load(self, into: nn.Module | torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        super().load(into, self.parted(state, into) if isinstance(into, nn.Module) else self._own_part(into, state))
+
+    def _own_part(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
         if self._owners is not None:
-            kept = self._owners.own_of(optimizer, state["state"])
-            state = state | {"state": kept}
-        elif self._has_parts:
-            numbered = [one for group in optimizer.param_groups for one in group["params"]]
-            parts = {
-                number: {name: _part_of(value, numbered[number]) for name, value in one.items()}
-                for number, one in state["state"].items()
-            }
-            state = state | {"state": parts}
-        super().load_optimizer(optimizer, state)
+            return {**state, "state": self._owners.own_of(optimizer, state["state"])}
+        if not self._has_parts:
+            return {**state}
+        numbered = [one for group in optimizer.param_groups for one in group["params"]]
+        parts = {
+            number: {name: _part_of(value, numbered[number]) for name, value in one.items()}
+            for number, one in state["state"].items()
+        }
+        return {**state, "state": parts}
 
     def gathered(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
         """Those of parts are means over all processes: whole, they are the sum, which the first one has for all."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..precision import LOW, as_float32, autocast
-from ..structures import map_structure
+from ..structures import map_structure, samples_in
 from .engine import SCHEDULES, Engine
 from .launch import launch
 from .ranks import Ranks
@@ -156,7 +156,7 @@ class Pipeline(Ranks):
 
     def _few(self, x: Any) -> Any:
         """As many samples as a piece has."""
-        samples = self.samples_of(x)
+        samples = samples_in(x)
         few = -(-samples // self.engine.microbatches)
         is_of_samples = lambda leaf: isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == samples  # noqa: E731
         return map_structure(lambda leaf: leaf[:few] if is_of_samples(leaf) else leaf, x)
@@ -185,7 +185,7 @@ class Pipeline(Ranks):
         """Adds the gradient of one batch; says whether its window is full. Outside of a run as one process does."""
         if self._module is None:
             return alone(recipe, batch)
-        window, samples = recipe.window, self.samples_of(batch[0])
+        window, samples = recipe.window, samples_in(batch[0])
         divisors = window and (lambda totals: window.count(totals, samples))
         criterion = Criterion(recipe, compiled, samples, self._exact)
         loss = self._started(batch[0], compiled.precision).train(batch, criterion, divisors)
@@ -199,7 +199,7 @@ class Pipeline(Ranks):
         if self._module is None:
             return alone(recipe, batch)
         x, target, weight = batch
-        output, loss, samples = self._started(x, compiled.precision).forward(x), None, self.samples_of(x)
+        output, loss, samples = self._started(x, compiled.precision).forward(x), None, samples_in(x)
         if self.engine.is_last:
             output = _widened(output, compiled.precision)
             loss = compiled.loss(output, target, weight)
@@ -223,9 +223,6 @@ class Pipeline(Ranks):
     # Bringing together.
 
     def sum(self, values: Sequence[Any]) -> Sequence[Any]:
-        return values
-
-    def mean(self, values: Sequence[Any]) -> Sequence[Any]:
         return values
 
     def gather(self, output: Any) -> Any:

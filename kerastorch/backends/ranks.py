@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from itertools import accumulate, count
 from math import ceil
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parameter import is_lazy
 
+from ..missing import missed
 from ..structures import join, map_structure
 from .single import Single
 from .speed import as_weights, multiplications_per_s
@@ -44,7 +45,7 @@ AGREE_S, MOST_CALLS = 0.1, 100  # how long one rank's wish to end may wait, and 
 
 
 class Part(NamedTuple):
-    """What a rank has of a global batch.
+    """What a rank has of a global batch, and what a mean over it counts.
 
     Attributes:
         samples: How many; 0 = one of another rank's is in their place.
@@ -55,6 +56,18 @@ class Part(NamedTuple):
     samples: int
     whole: int
     mean: float
+
+    def samples_of(self, rows: int) -> int:
+        return min(rows, self.samples)
+
+    def expected(self, batches: int, count: float) -> float:
+        """As many as there are samples, whatever is counted: it must be the same number on all ranks."""
+        return batches * self.mean
+
+    def counts(self, count: int | Tensor, samples: int, of: int) -> tuple[int | Tensor, int | Tensor | None]:
+        if isinstance(count, int) and count == samples:
+            return min(samples, self.samples), self.mean * samples / of
+        return count if self.samples else 0 * count, None
 
 
 class Ranks(Single):
@@ -83,7 +96,6 @@ class Ranks(Single):
         self.devices, self.num_nodes, self.weights, self.timeout_s = devices, num_nodes, weights, timeout_s
         _refuse_no_devices(devices, num_nodes, timeout_s)
         _refuse_no_weights(weights)
-        self.part: Part | None = None
         self._asked: tuple[Any, Tensor] | None = None
         self._calls, self._every, self._agreed_at = 0, 1, time.monotonic()
         self.own_random: Tensor | None = None  # those that this rank alone draws
@@ -186,6 +198,7 @@ class Ranks(Single):
         return module
 
     @torch.no_grad()
+    @missed("between runs")
     def _send_from_first(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             if not is_lazy(tensor):
@@ -225,7 +238,7 @@ class Ranks(Single):
             with self._words_of_first(), super().running(module):
                 yield
         finally:
-            self._is_running, self.part = False, None
+            self._is_running, self.part = False, Single.part
         self._send_from_first(module.buffers())  # what layers count for themselves, in each rank its own
         self._move_on_if_drawn()
         if self._asked is not None:
@@ -240,6 +253,7 @@ class Ranks(Single):
                 warnings.simplefilter("ignore")
             yield
 
+    @missed("where a run begins")
     def _share_random(self) -> None:
         """The random numbers of rank 0 for all; and for what each computes a sequence that follows from them."""
         common = torch.get_rng_state()
@@ -292,21 +306,6 @@ class Ranks(Single):
 
         return run
 
-    def samples_of(self, x: Any) -> int:
-        rows = super().samples_of(x)
-        return rows if self.part is None else min(rows, self.part.samples)
-
-    def expected(self, batches: int, count: float) -> float:
-        """As many as there are samples, whatever is counted: it must be the same number on all ranks."""
-        return super().expected(batches, count) if self.part is None else batches * self.part.mean
-
-    def counts(self, count: int | Tensor, samples: int, of: int) -> tuple[int | Tensor, int | Tensor | None]:
-        if self.part is None:
-            return count, count
-        if isinstance(count, int) and count == samples:
-            return min(samples, self.part.samples), self.part.mean * samples / of
-        return count if self.part.samples else 0 * count, None
-
     # Bringing together.
 
     def sum(self, values: Sequence[Any]) -> Sequence[Any]:
@@ -315,9 +314,6 @@ class Ranks(Single):
         together = torch.stack([torch.as_tensor(one, dtype=torch.float64, device=self.device) for one in values])
         dist.all_reduce(together)
         return [*together.unbind()]
-
-    def mean(self, values: Sequence[Any]) -> Sequence[Any]:
-        return [one / self.world for one in self.sum(values)] if self.is_joined else values
 
     def gather(self, output: Any) -> Any:
         if not self.is_joined:
@@ -334,14 +330,13 @@ class Ranks(Single):
         if not self.is_joined:
             return [value]
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value, group=self.hosts)
+        with self._saying_who_is_missed():
+            dist.all_gather_object(found, value, group=self.hosts)
         return found
 
-    def share_failure(self, error: Exception | None) -> Exception | None:
-        said = self.collect(error and [getattr(error, "errno", None), str(error)])[0]
-        if error is not None or said is None:
-            return error
-        return OSError(*said) if said[0] is not None else RuntimeError(f"rank 0 failed: {said[1]}")
+    def _saying_who_is_missed(self) -> AbstractContextManager:
+        """Outside of a run: in it, the loop says where that was."""
+        return nullcontext() if self._is_running else missed("outside of a run")
 
     def agree(self, wishes: list[bool], now: bool) -> list[bool]:
         self._calls += 1

@@ -1,15 +1,15 @@
 """One process on one device: CPU, CUDA, MPS or XPU; and what the verbs of a backend mean, here where they are simplest.
 
 Where it runs: `place` puts the module there, once; `hold` says where data that is in memory is kept for gathering;
-`feed` brings each batch to the device. With whom: `share` is this process's part of a global batch, `running` what
-holds during a run, `network` what training calls for the module, `expected` and `counts` what a mean over the part is
-worth, `average` what becomes of its gradients; `sum`, `mean`, `gather` and `collect` bring together what each process
-has, `announce` what one has for all, and `agree` ends a run for all at once. Where no process can call the whole module
-`step_for`, `evaluation_for` and `predictor` say what is done instead, and `gather_state` puts the module together for
-whoever looks at it. The loop and the step ask a backend for nothing else.
+`feed` brings each batch to the device. With whom: `share` is this process's part of a global batch, of which `part`
+says what it counts; `running` is what holds during a run, `network` what training calls for the module, `average` what
+becomes of its gradients; `sum`, `gather` and `collect` bring together what each process has, `announce` what one has
+for all, and `agree` ends a run for all at once. Where no process can call the whole module `step_for`,
+`evaluation_for` and `predictor` say what is done instead, and `gather_state` puts the module together for whoever looks
+at it. The loop and the step ask a backend for nothing else.
 
-What is saved: `whole` and `optimizer_state` are the state of all processes, as one process would have it, `load` and
-`load_optimizer` put it back; `gathered` and `taken_up` do so for gradients of a step that is still to come.
+What is saved: `state` is that of a module or an optimizer as one process would have it, and `load` puts it back;
+`whole` and `parted` do so for other tensors, `gathered` and `taken_up` for gradients of a step that is still to come.
 """
 
 from __future__ import annotations
@@ -30,6 +30,27 @@ HELD_SHARE = 0.25
 GPUS = ("cuda", "mps", "xpu")
 
 
+class Whole:
+    """What a process alone has of each batch, and what a mean over it counts: all."""
+
+    samples: int | None = None  # how many; `None` = as many as there are
+
+    def samples_of(self, rows: int) -> int:
+        """How many of so many rows, of a batch or of a piece of one, count here."""
+        return rows
+
+    def expected(self, batches: int, count: float) -> float:
+        """What the losses of so many batches will be means over, together, if each counts as much as this one."""
+        return max(round(batches * count), 1)
+
+    def counts(self, count: int | Tensor, samples: int, of: int) -> tuple[int | Tensor, int | Tensor | None]:
+        """What the mean loss of `samples` rows, of a batch with `of`, counts here, and what it counts on the mean.
+
+        `None` for the latter = that is known once all processes have added up the former.
+        """
+        return count, count
+
+
 class Single:
     """Runs in this process, on one device.
 
@@ -46,7 +67,7 @@ class Single:
     rank, world = 0, 1
     share: Callable[[int], tuple[slice, Any]] | None = None  # samples of a batch -> those taken here; `None` = all
     portion = 1.0  # which part of all samples are taken here, on the mean
-    part: Any = None  # what the batch that `feed` gave last counts, as `share` said
+    part: Any = Whole()  # what is here of the batch that `feed` gave last, as `share` said
     in_pieces = False  # whether a run cuts its batches into pieces of which the others know nothing
     starts_ranks = False  # whether `launch` must run a verb in processes of its own
     scratch: str | None = None  # where files go that another process writes; `None` = it is this one
@@ -134,21 +155,6 @@ class Single:
     def gather_state(self) -> None:
         """Within a run: has the whole module and its optimizers' states here, for who reads or changes all of them."""
 
-    def samples_of(self, x: Any) -> int:
-        """How many samples of a batch, or of a piece of one, count here: the length of its first tensor."""
-        return len(x) if isinstance(x, Tensor) else len(next(leaf for leaf in leaves(x) if isinstance(leaf, Tensor)))
-
-    def expected(self, batches: int, count: float) -> float:
-        """What the losses of so many batches will be means over, together, if each counts as much as this one."""
-        return max(round(batches * count), 1)
-
-    def counts(self, count: int | Tensor, samples: int, of: int) -> tuple[int | Tensor, int | Tensor | None]:
-        """What the mean loss of `samples` rows, of a batch with `of`, counts here, and what it counts on the mean.
-
-        `None` for the latter = that is known once `mean` was asked.
-        """
-        return count, count
-
     def expect_step(self, is_due: bool) -> None:
         """Before a batch: whether an optimizer step follows on it."""
 
@@ -175,10 +181,6 @@ class Single:
         """The sums over all processes of scalars on the device."""
         return values
 
-    def mean(self, values: Sequence[int | Tensor]) -> Sequence[int | Tensor]:
-        """Their means."""
-        return values
-
     def gather(self, output: Any) -> Any:
         """The output for the whole batch, of which each process has computed its part."""
         return output
@@ -190,10 +192,6 @@ class Single:
     def announce(self, value: Any) -> Any:
         """What the process that measures has found, for all of them: plain data."""
         return value
-
-    def share_failure(self, error: Exception | None) -> Exception | None:
-        """What rank 0, which writes for all, has failed with: each process is to fail where it does."""
-        return error
 
     def state_dict(self) -> dict[str, Any]:
         """What this process needs beside the model to go on with a run: tensors and plain data."""
@@ -221,20 +219,17 @@ class Single:
         """What `whole` returned, with parts again of what has the name of a tensor of the module."""
         return tree
 
-    def load(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Puts whole tensors into the module, by name."""
-        module.load_state_dict(weights, strict=False)
+    def state(self, of: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
+        """Its `state_dict`, of whole tensors; all processes must ask."""
+        self.gather_state()
+        return self.whole(of.state_dict())
+
+    def load(self, into: nn.Module | torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Puts back what `state` returned; into a module whatever there is a place for."""
+        into.load_state_dict(state, **({"strict": False} if isinstance(into, nn.Module) else {}))
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Called with each optimizer once it is made: has it step on this process's part."""
-
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Its `state_dict`, of whole tensors; all processes must ask."""
-        return optimizer.state_dict()
-
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Puts back what `optimizer_state` returned."""
-        optimizer.load_state_dict(state)
 
     def gathered(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
         """Gradients of steps to come, to be saved: whole tensors, whose sum over the processes counts."""

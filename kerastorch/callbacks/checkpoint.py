@@ -19,6 +19,7 @@ from typing import Any
 from ..checkpoint import WEIGHTS, refuse_ending, snapshot, write, write_weights
 from ..durations import seconds
 from ..state import refuse_unsavable, state_of
+from ..writing import failure_of_first
 from .background import Background
 from .base import SIGNALS
 from .filenames import FileName
@@ -381,7 +382,7 @@ class ModelCheckpoint(Monitoring):
             error = failure
         try:
             if not self._is_failing:
-                error = self.model.backend.share_failure(error)
+                error = failure_of_first(self.model.backend, error)
             if error is not None:
                 self._fail(self._writing, error)
         finally:
@@ -429,8 +430,7 @@ class ModelCheckpoint(Monitoring):
         if self._thread is None:
             return self.model.save_weights if self.save_weights_only else self.model.save
         if self.save_weights_only:
-            self.model.backend.gather_state()
-            state, write_state = self.model.backend.whole(self.model.module.state_dict()), write_weights
+            state, write_state = self.model.backend.state(self.model.module), write_weights
         else:
             state, write_state = state_of(self.model, self.model._callbacks), write
         if self.model.backend.rank > 0:  # in its place: that it is there is all that anybody asks of it

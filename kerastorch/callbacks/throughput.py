@@ -19,10 +19,10 @@ from .base import Callback
 class Throughput(Callback):
     """Puts into the logs of each epoch how fast it was trained.
 
-    - `samples_per_s`: samples of training.
+    - `samples_per_s`: samples of training, of all processes together, as tokens and FLOPs are.
     - `tokens_per_s`: where `tokens` is given.
     - `flops_per_s`: where `flops` is given.
-    - `mfu`: share of the device's peak (model FLOPs utilization), where that is known or given.
+    - `mfu`: share of each device's peak (model FLOPs utilization), where that is known or given.
 
     The time is that of training: waiting for data is in it, validation and the first steps of a run are not. The device
     is waited for where a stretch of training begins and ends, and not between. What cannot be known is left out: tokens
@@ -161,16 +161,17 @@ class Throughput(Callback):
     def _rates(self) -> dict[str, float]:
         if not self._samples:
             return {}
-        samples_per_s = self._samples / self._elapsed_s
-        rates = {"samples_per_s": samples_per_s}
+        own_per_s = self._samples / self._elapsed_s
+        rates = {"samples_per_s": own_per_s}
         if self._samples_with_tokens == self._samples:
             rates["tokens_per_s"] = float(self._tokens) / self._elapsed_s
         if self.flops_per_sample is not None:
-            rates["flops_per_s"] = samples_per_s * self.flops_per_sample
-            if self.peak_flops is not None:
-                rates["mfu"] = rates["flops_per_s"] / self.peak_flops
-            elif self._peak_s_per_sample is not None:
-                rates["mfu"] = samples_per_s * self._peak_s_per_sample
+            rates["flops_per_s"] = own_per_s * self.flops_per_sample
+        rates = {name: rate / self.model.backend.portion for name, rate in rates.items()}
+        if self.flops_per_sample is not None and self.peak_flops is not None:
+            rates["mfu"] = own_per_s * self.flops_per_sample / self.peak_flops
+        elif self.flops_per_sample is not None and self._peak_s_per_sample is not None:
+            rates["mfu"] = own_per_s * self._peak_s_per_sample
         return rates
 
     def _settle_flops(self) -> None:

@@ -363,6 +363,34 @@ def test_ranks_that_do_different_things_are_told_so_in_time(tmp_path):
     assert "waited in vain for another one" in ran.stderr and time.monotonic() - began < 45
 
 
+ALONE = """
+import os, sys, time
+import torch, kerastorch as kt
+kt.set_seed(0)
+model = kt.Model(torch.nn.Linear(4, 2), backend=kt.backends.{backend}(timeout_s=5)).compile("adam", "mse")
+if int(os.environ["RANK"]) == 0:
+    model.save("alone.pt")
+else:
+    {other}
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "other", "said"),
+    [
+        ("DDP", "pass", "another rank has ended, which this one missed outside of a run"),
+        ("FSDP", "time.sleep(60)", "this rank waited in vain for another one, outside of a run"),
+        ("DDP", "model.evaluate(torch.rand(8, 4), torch.rand(8, 2))", "RuntimeError: "),  # whoever gives up first
+    ],
+)
+def test_what_one_rank_does_alone_is_said_in_words(tmp_path, backend, other, said):
+    path = tmp_path / "script.py"
+    path.write_text(ALONE.format(backend=backend, other=other))
+    ran = torchrun(path, limit_s=60)
+    assert ran.returncode == 1
+    assert said in ran.stderr and "rank 0 alone writes" in ran.stderr
+
+
 def test_ranks_are_started_again_from_the_last_file(tmp_path):
     once = "os.path.exists('died') or (open('died', 'w').close(), os.kill(os.getpid(), 9))"
     more = "[kt.callbacks.BackupAndRestore('backup', save_freq=1)]"

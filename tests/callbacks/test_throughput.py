@@ -481,3 +481,12 @@ def test_a_gpu_is_not_faster_than_its_peak(precision):
     history = model.fit(x, x, batch_size=1024, epochs=3, callbacks=callback, verbose=0).history
     assert callback.flops_per_sample == 2 * (2 + 3) * 1024 * 4096
     assert all(0 < mfu < 1 for mfu in history.get("mfu", [0.5]))
+
+
+def test_where_each_process_has_its_part_the_rates_are_those_of_all(clock, monkeypatch):
+    monkeypatch.setattr(kt.backends.Single, "portion", 0.25)
+    callback = Throughput("auto", flops=60.0, peak_flops=1e3)
+    history = fit(Slow(clock), batches_of(4, 4, 4), callback, clock=clock)
+    assert history["samples_per_s"] == pytest.approx([4 * 4 / STEP_S])
+    assert history["flops_per_s"] == pytest.approx([4 * 80.0])
+    assert history["mfu"] == pytest.approx([0.08])  # of each device
