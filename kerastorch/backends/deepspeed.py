@@ -148,17 +148,8 @@ class DeepSpeed(DDP):
 
     @contextmanager
     def running(self, module: nn.Module) -> Iterator[None]:
-        if not self.is_joined or self._is_running:
-            with super().running(module):
-                yield
-            return
         with quiet(), super().running(module):
-            try:
-                yield
-                self.gather_state()
-            except BaseException:
-                self._abandon()
-                raise
+            yield
 
     def gather_state(self) -> None:
         if self._zero is not None:
@@ -166,7 +157,6 @@ class DeepSpeed(DDP):
             self._zero = None
 
     def _abandon(self) -> None:
-        """After a failure: the other processes may be gone, so that nothing can be brought together."""
         if self._zero is not None:
             self._zero.abandon()
             self._lost, self._zero = self._zero.lost, None

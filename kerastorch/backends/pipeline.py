@@ -118,18 +118,12 @@ class Pipeline(Ranks):
     @contextmanager
     def running(self, module: nn.Module) -> Iterator[None]:
         is_outermost = self.is_joined and not self._is_running
-        with super().running(module):
-            if not is_outermost:
+        try:
+            with super().running(module):
+                self._module = module if is_outermost else self._module
                 yield
-                return
-            self._module = module
-            try:
-                yield
-                self.gather_state()
-            except BaseException:
-                self._abandon()
-                raise
-            finally:
+        finally:
+            if is_outermost:
                 self._module, self._cut, self._optimizers = None, None, []
 
     def gather_state(self) -> None:

@@ -237,6 +237,10 @@ class Ranks(Single):
         try:
             with self._words_of_first(), super().running(module):
                 yield
+                self.gather_state()
+        except BaseException:
+            self._abandon()
+            raise
         finally:
             self._is_running, self.part = False, Single.part
         self._send_from_first(module.buffers())  # what layers count for themselves, in each rank its own
@@ -244,6 +248,9 @@ class Ranks(Single):
         if self._asked is not None:
             self._asked[0].wait()
             self._asked = None
+
+    def _abandon(self) -> None:
+        """After a failure: the other processes may be gone, so that nothing can be brought together."""
 
     @contextmanager
     def _words_of_first(self) -> Iterator[None]:
