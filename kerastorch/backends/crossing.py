@@ -95,7 +95,7 @@ class Part(nn.Module):
         self.stage, self.signature, self.before = stage, signature, before
         self.is_last, self.is_trained, self.context, self.unread = is_last, training, context, unread
         self.pieces: list[Piece] = []
-        self.criterion, self.scale = None, 1.0
+        self.criterion: Any = None
 
     def forward(self, *wires: Tensor, index: Tensor) -> Tensor | tuple[Tensor, ...]:
         piece = self.pieces[int(index)]
@@ -120,7 +120,7 @@ class Part(nn.Module):
             for share, number in zip(shares, numbers, strict=True)
         )
         # Not a view: torch detaches what is none in place, and so frees the graph before the schedule is over.
-        return torch.stack([(sum(parts) * self.scale).float()])
+        return torch.stack([sum(parts).float()])
 
     def _tied(self, result: Tensor, wires: Sequence[Tensor]) -> Tensor:
         """The same, whose backward gives every wire a gradient, of zeros if need be: the stage before waits for it."""
@@ -139,9 +139,9 @@ class Run:
         self.index = torch.arange(number)
         self.targets = self.index if has_targets else None
 
-    def __call__(self, pieces: list[Piece], criterion: Any, scale: Any) -> None:
+    def __call__(self, pieces: list[Piece], criterion: Any) -> None:
         for part in self.parts:
-            part.pieces, part.criterion, part.scale = pieces, criterion, scale
+            part.pieces, part.criterion = pieces, criterion
         try:
             self.schedule.step(index=self.index, target=self.targets)
         finally:

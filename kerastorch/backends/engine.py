@@ -91,36 +91,6 @@ class Count(NamedTuple):
     count: int | Tensor | None
 
 
-class MeanLoss:
-    """A loss that is one mean, in the form that `Engine.train` takes.
-
-    Args:
-        function: `(output, target, weight) -> mean loss`, a scalar.
-        counted: `(target) -> how many it is the mean over`, an int or a scalar tensor. Default: its samples.
-    Example:
-        >>> def loss(output, target, weight):
-        ...     return nn.functional.cross_entropy(output, target)
-        >>> criterion = MeanLoss(loss, counted=lambda target: (target != -100).sum())
-        >>> criterion.counts(None, torch.tensor([3, -100, 1]), samples=3)
-        {'': tensor(2)}
-    """
-
-    def __init__(
-        self,
-        function: Callable[[Any, Any, Any], Tensor],
-        counted: Callable[[Any], int | Tensor] | None = None,
-    ) -> None:
-        self.function, self.counted = function, counted
-
-    def counts(self, output: Any, target: Any, samples: int) -> dict[Any, int | Tensor | None]:
-        """Name -> what the mean of that name is over, for targets and an output on the meta device."""
-        return {"": samples if self.counted is None else self.counted(target)}
-
-    def shares(self, output: Any, target: Any, weight: Any, samples: int) -> list[Count]:
-        """The mean losses of a piece."""
-        return [Count("", self.function(output, target, weight), self.counts(output, target, samples)[""])]
-
-
 class Engine:
     """Runs a module in stages, one process for each, or for several.
 
@@ -137,23 +107,6 @@ class Engine:
     Raises:
         ValueError: an option that is unknown or fits no other.
         TypeError: one of a wrong type.
-    Example:
-        In one process, so with one stage; `torchrun --nproc-per-node 2` would make two.
-
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
-        >>> optimizer = torch.optim.SGD(module.parameters(), 0.1)
-        >>> pipeline = Engine(microbatches=3)
-        >>> x, y = torch.ones(8, 4), torch.ones(8, 1)
-        >>> pipeline.start(module, x)
-        >>> pipeline.adopt(optimizer)
-        >>> criterion = MeanLoss(lambda output, target, weight: (output - target).square().mean())
-        >>> loss = pipeline.train((x, y, None), criterion)
-        >>> optimizer.step()
-        >>> bool(pipeline.train((x, y, None), criterion) < loss)
-        True
-        >>> pipeline.finish()
-        >>> dist.destroy_process_group()
     """
 
     def __init__(
@@ -227,9 +180,9 @@ class Engine:
     def finish(self) -> None:
         """Puts the module and the optimizers together again, on all ranks, where they were."""
         own = self._own_tensors()
-        values = self._gathered(own, None)
-        gradients = self._gathered({name: one.grad for name, one in own.items() if one.grad is not None}, None)
-        states = {optimizer: self.optimizer_state_dict(optimizer, to=None) for optimizer in self._groups}
+        values = self._gathered(own)
+        gradients = self._gathered({name: one.grad for name, one in own.items() if one.grad is not None})
+        states = {optimizer: self._optimizer_state(optimizer) for optimizer in self._groups}
         for slot in self._foreign:
             slot.put_back()
         for name, tensor in named_tensors(self._module):
@@ -280,17 +233,16 @@ class Engine:
         batch: tuple[Any, Any, Any],
         criterion: Any,
         divisors: Callable[[dict[Any, Any]], Mapping[Any, Any]] | None = None,
-        scale: float | Tensor = 1.0,
     ) -> Tensor | None:
         """Adds the gradient of a batch's mean loss to the parameters of this process.
 
         Args:
             batch: Inputs, targets and weights, whole, on each rank; on this process's device where it uses them.
-            criterion: As `MeanLoss`: its `shares` is called for each piece, in order, on the last rank; its `counts`
-                on all.
+            criterion: Has `counts(output, target, samples)`: what the mean of each name is over, `None` for a sum, for
+                an output on the meta device, on all ranks; and `shares(output, target, weight, samples)`: the mean
+                losses of a piece, as `Count`s, for each in order, on the last rank.
             divisors: What the batch's losses are the mean over -> what each is divided by instead, by name; for
                 gradients that are gathered over several batches. Default: the same.
-            scale: What losses are multiplied by before the backward pass, on the last rank.
         Returns:
             The mean loss on the last rank, without its graph; `None` on others.
         """
@@ -300,12 +252,8 @@ class Engine:
         for piece in pieces:
             piece.divisors = by
         for group in _by_size(pieces):
-            self._run(group, training=True, criterion=criterion, scale=scale)
+            self._run(group, training=True, criterion=criterion)
         return sum(piece.loss for piece in pieces) if self.is_last else None
-
-    def counts(self, batch: tuple[Any, Any, Any], criterion: Any) -> dict[Any, Any]:
-        """What a batch's losses are the mean over, by name; on all ranks."""
-        return self._count(self._pieces(*batch), criterion)
 
     @torch.no_grad()
     def forward(self, x: Any, to: str = "last") -> Any:
@@ -313,7 +261,7 @@ class Engine:
 
         Args:
             x: Inputs, whole, on each rank.
-            to: Which ranks get it: `"last"`, `"first"` or `"all"`.
+            to: Which ranks get it: `"last"` or `"all"`.
         Returns:
             The output, of the whole batch; `None` where it was not asked for.
         """
@@ -325,76 +273,28 @@ class Engine:
             return output
         if output is None:
             output = self._expected_output(pieces)
-        receiver = 0 if to == "first" else None
-        output = map_structure(lambda leaf: self._passed(leaf, self.last_rank, receiver), output)
-        return output if receiver is None or self.rank == receiver else None
+        return map_structure(lambda leaf: self._passed(leaf, self.last_rank, None), output)
 
-    def from_last(self, value: Tensor | float | None, dtype: torch.dtype = torch.float64) -> Tensor:
+    def from_last(self, value: Tensor | float | None) -> Tensor:
         """A number of the last rank, on all: a scalar on the device."""
+        number = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.is_last:
-            number = torch.as_tensor(value, dtype=dtype, device=self.device).detach().clone()
-        else:
-            number = torch.zeros((), dtype=dtype, device=self.device)
+            number.copy_(torch.as_tensor(value).detach())
         dist.broadcast(number, self.last_rank)
         return number
 
-    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums over all ranks."""
-        sums = [tensor.detach().to(self.device, copy=True) for tensor in tensors]
-        for one in sums:
-            dist.all_reduce(one)
-        return sums
-
-    def total_norm(self, parameters: Iterable[nn.Parameter], norm_type: float = 2.0) -> Tensor:
-        """The norm of the gradients of all stages: a scalar on the device."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, norm_type) if gradients else torch.zeros(())
-        # In one dtype on all ranks, of which some may have no gradients.
-        total = norm.to(self.device, torch.float64)
-        if norm_type == float("inf"):
-            dist.all_reduce(total, dist.ReduceOp.MAX)
-            return total.to(norm.dtype)
-        total = total**norm_type
-        dist.all_reduce(total)
-        return (total ** (1.0 / norm_type)).to(norm.dtype)
-
-    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Scales gradients, in place, so that the norm over all stages is at most `max_norm`; returns it as it was."""
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
-        norm = self.total_norm(parameters, norm_type)
+        norm = torch.nn.utils.get_total_norm([one.grad for one in parameters]) if parameters else torch.zeros(())
+        # In one dtype on all ranks, of which some may have no gradients.
+        squared = norm.to(self.device, torch.float64).square()
+        dist.all_reduce(squared)
+        norm = squared.sqrt().to(norm.dtype)
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
-    # State, by the names of the whole module.
-
-    def state_dict(self, to: int | None = 0) -> dict[str, Any]:
-        """The whole module's state_dict, on the CPU, on rank `to`, or with `None` on all; empty on others."""
-        values = self._gathered(self._own_tensors(), to)
-        if to not in (None, self.rank):
-            return {}
-        return {name: values.get(name, value) for name, value in self._module.state_dict().items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts weights of a plain module back; called on all ranks, each takes what is its own.
-
-        Raises:
-            ValueError: names or shapes are not those of this module.
-        """
-        names = [*self._module.state_dict()]
-        if missing := [name for name in names if name not in state] or [name for name in state if name not in names]:
-            raise ValueError(
-                f"the state is not one of this module: {missing[0]!r} is in one of them only. Load the state of a "
-                f"module of the same layers."
-            )
-        own = {name: tensor for name, tensor in self._own_tensors().items() if name in state}
-        for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
-                raise ValueError(
-                    f"{name!r} has shape {tuple(state[name].shape)} in the state, but {tuple(tensor.shape)} in the "
-                    f"module. Load the state of a module of the same layers."
-                )
-        for name, tensor in own.items():
-            tensor.data.copy_(state[name])
+    # Optimizers, by the numbers of the whole module.
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Leaves the optimizer only what is trained in this process: parameters of its stages and their state.
@@ -414,19 +314,17 @@ class Engine:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) in own]
         optimizer.state.clear()
         if whole["state"]:
-            self.load_optimizer_state_dict(optimizer, whole)
+            self._load_optimizer_state(optimizer, whole)
 
-    def optimizer_state_dict(self, optimizer: torch.optim.Optimizer, to: int | None = 0) -> dict[str, Any]:
-        """The state_dict of an adopted optimizer as it would be of the whole module; empty on other ranks than `to`."""
+    def _optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state_dict of an adopted optimizer as it would be of the whole module; all ranks must ask."""
         indices = self._indices(optimizer)
         own = {
             (indices[id(parameter)], key): value
             for parameter, values in optimizer.state.items()
             for key, value in values.items()
         }
-        gathered = self._gathered(own, to)
-        if to not in (None, self.rank):
-            return {}
+        gathered = self._gathered(own)
         state: dict[int, dict[str, Any]] = {}
         for (index, key), value in sorted(gathered.items(), key=lambda item: item[0][0]):
             state.setdefault(index, {})[key] = value
@@ -437,7 +335,7 @@ class Engine:
             first += len(parameters)
         return {"state": state, "param_groups": groups}
 
-    def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    def _load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Puts the state of a plain optimizer into an adopted one; called on all ranks, each takes what is its own."""
         indices = self._indices(optimizer)
         own = [indices[id(parameter)] for parameter in _flat(optimizer)]
@@ -487,7 +385,7 @@ class Engine:
 
     # Schedules.
 
-    def _run(self, pieces: list[Piece], training: bool, criterion: Any = None, scale: Any = 1.0) -> None:
+    def _run(self, pieces: list[Piece], training: bool, criterion: Any = None) -> None:
         """Pieces of one size, through all stages."""
         way = self._way(pieces[0], training)
         key = (way.key, len(pieces))
@@ -497,7 +395,7 @@ class Engine:
         self._runs[key] = run
         if len(self._runs) > KEPT_SCHEDULES:
             self._runs.popitem(last=False)
-        run(pieces, criterion, scale)
+        run(pieces, criterion)
 
     def _scheduled(self, way: Way, number: int, training: bool) -> Run:
         parts = [self._part(index, way, training) for index in self.own]
@@ -633,8 +531,8 @@ class Engine:
                 arrived = self._passed(tensor.detach().to(self.device), 0, owner)
                 tensor.data.copy_(arrived)
 
-    def _gathered(self, own: Mapping[Any, Any], to: int | None) -> dict[Any, Any]:
-        """What all ranks have, tensors on the CPU, on rank `to` or on all; one tensor at a time."""
+    def _gathered(self, own: Mapping[Any, Any]) -> dict[Any, Any]:
+        """What all ranks have, tensors on the CPU, on all; one tensor at a time."""
         tables = [None] * self.world
         dist.all_gather_object(tables, {key: sort_of(value) for key, value in own.items()})
         gathered = {}
@@ -645,9 +543,8 @@ class Engine:
                     mine = own[key].detach().to(self.device) if self.rank == owner else None
                     if mine is None:
                         mine = torch.empty(sort.shape, dtype=sort.dtype, device=self.device)
-                    value = self._passed(mine, owner, to).to("cpu", copy=True)
-                if to in (None, self.rank):
-                    gathered[key] = value
+                    value = self._passed(mine, owner, None).to("cpu", copy=True)
+                gathered[key] = value
         return gathered
 
     def _passed(self, tensor: Any, sender: int, receiver: int | None) -> Any:

@@ -29,7 +29,7 @@ from tests.backends.ranks import torchrun
 HERE = Path(__file__).parent
 LIMIT_S = 240
 
-SAME = ["seen", "weights", "optimizer", "gathered", "output", "first"]
+SAME = ["seen", "weights", "optimizer", "output"]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def test_two_epochs_of_uneven_masked_batches_are_those_of_one_process(two, case)
 
 def test_a_convnet_learns_digits_as_in_one_process(two):
     found = two["digits_by_convnet"]
-    assert max(found[name] for name in ("weights", "optimizer", "gathered")) < 1e-6
-    assert max(found[name] for name in ("seen", "output", "first")) < 1e-5  # of logits and norms of some 20
+    assert max(found[name] for name in ("weights", "optimizer")) < 1e-6
+    assert max(found[name] for name in ("seen", "output")) < 1e-5  # of logits and norms of some 20
 
 
 @pytest.mark.parametrize("case", ["four_in_turn", "four_interleaved", "four_for_a_transformer"])
@@ -132,8 +132,6 @@ def test_bf16_under_autocast_is_that_of_one_process(two):
         ("interleaved stages", "stages=2 does not give each of the 2 processes several stages"),
         ("checkpoint", "checkpoint_activations='layers.*' is the name or glob of no submodule"),
         ("lbfgs", "LBFGS looks at all parameters together"),
-        ("state", "'another' is in one of them only"),
-        ("shape", "'0.weight' has shape (1,) in the state, but (16, 8) in the module"),
         ("scalar", "returned a tensor of shape () for 2 samples"),
         ("complex", "a complex tensor of shape (2, 8) with a gradient would have to pass"),
     ],
