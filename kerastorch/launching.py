@@ -78,6 +78,7 @@ def _in_rank(
         "buffers": {name: one for name, one in model.module.named_buffers() if name not in model.module.state_dict()},
         "callbacks": callbacks,
         "steps": model.steps_taken,
+        "gradient_norms": {name: update.gradient_norm for name, update in model.updates.items()},
         "random": random_state(generators) | {"cuda": [], "mps": None},  # the calling process leaves GPUs alone
     }
 
@@ -145,6 +146,8 @@ def _take_back(model: Any, brought: dict[str, Any], options: Mapping[str, Any], 
             callback.model = model
         _update(vars(callback), kept)
     model._steps_of_ranks = brought["steps"]
+    for name, norm in brought["gradient_norms"].items():
+        model.updates[name].gradient_norm = norm
     is_trained = type(value).__name__ == "History"
     model.history, model.stop_training = (value, brought["stop_training"]) if is_trained else (history, stop_training)
     return value

@@ -294,3 +294,15 @@ def test_a_large_prediction_does_not_take_long_to_come_back():
     model = kt.Model(nn.Identity(), backend=BACKENDS["two"]())
     large = np.random.default_rng(0).random((2000, 1000), dtype=np.float32)
     assert np.array_equal(model.predict(large, batch_size=500, verbose=0), large)
+
+
+def test_the_norm_of_the_last_gradients_comes_back():
+    def run(backend):
+        model = regressor(backend, nn.Sequential(nn.Linear(4, 1)), clip=1.0)
+        kt.set_seed(2)
+        model.module[0].reset_parameters()
+        model.fit(X, Y, epochs=1, verbose=0)
+        return model.gradient_norm
+
+    one, two = both(run)
+    assert one > 0 and torch.allclose(one, two, atol=1e-6)
