@@ -68,9 +68,14 @@ def refuse_accumulation(accumulate: Any, microbatch: Any, tbptt_steps: int | Non
     _refuse_pieces(tbptt_steps, has_own_step, accumulate, microbatch)
 
 
-def refuse_halving(microbatch: Any, device: Any) -> None:
+def refuse_halving(microbatch: Any, backend: Any) -> None:
     """On a TPU memory runs out long after the forward pass that took it."""
-    if microbatch == "auto" and device.type == "xla":
+    if microbatch == "auto" and backend.passes_are_common:
+        raise ValueError(
+            "microbatch='auto' halves what does not fit into one rank's memory, and all ranks of FSDP must go through "
+            "the module as often. Give a number of samples."
+        )
+    if microbatch == "auto" and backend.device.type == "xla":
         raise ValueError("microbatch='auto' cannot find out what fits into a TPU. Give a number of samples.")
 
 

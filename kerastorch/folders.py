@@ -51,7 +51,7 @@ def write(path: str | os.PathLike, state: Mapping[str, Any], parts: Mapping[str,
     """
     path = Path(path)
     error: Exception | None = None
-    temporary = path.with_name(ranks.collect(f".{path.name}.{uuid.uuid4().hex}")[0])
+    temporary = path.with_name(ranks.collect(f".{path.name}.{uuid.uuid4().hex}", "a write")[0])
     try:
         if ranks.rank == 0:
             _refuse_other(path)

@@ -11,8 +11,8 @@ import difflib
 import inspect
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -97,6 +97,7 @@ class Stateful:
         with ExitStack() as stack:
             for one in _torchmetrics_in(self.metric).values() if of_all and self._ranks.measures_parts else ():
                 one._computed = None
+                stack.enter_context(_with_empty_lists(one, self._ranks))
                 stack.enter_context(one.sync_context(distributed_available=lambda: True))
             value = self.metric.compute()
         if isinstance(value, Mapping):  # a MetricCollection
@@ -144,6 +145,26 @@ class Stateful:
             for own, more in zip(*(_torchmetrics_in(one.metric).values() for one in (total, other)), strict=True):
                 own.merge_state(more)
         return total.state_dict()
+
+
+@contextmanager
+def _with_empty_lists(metric: Any, ranks: Any) -> Iterator[None]:
+    """Meanwhile a process that has seen no samples has lists of none, of the sort that the others have.
+
+    torchmetrics would send float32 numbers in the place of any, and the others wait for what is of their own sort.
+    """
+    lists = {name: value for name in metric._defaults if isinstance(value := getattr(metric, name), list)}
+    sorts = {name: (value[0].dtype, value[0].shape[1:]) for name, value in lists.items() if value}
+    known = {name: sort for found in (ranks.collect(sorts) if lists else ()) for name, sort in found.items()}
+    missing = [name for name in known if name not in sorts]
+    for name in missing:
+        dtype, shape = known[name]
+        setattr(metric, name, [torch.empty((0, *shape), dtype=dtype, device=ranks.device)])
+    try:
+        yield
+    finally:
+        for name in missing:
+            setattr(metric, name, [])
 
 
 def _torchmetrics_in(metric: Any) -> dict[str, Any]:

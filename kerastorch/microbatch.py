@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from math import ceil
 from typing import Any
 
 import torch
@@ -87,6 +88,20 @@ class PiecewiseStep:
             output = map_structure(detached if recipe.tracker.measures else _shape_alone, output)
             del loss, shares
             yield values, output, target, piece_samples, weight
+        if recipe.ranks.passes_are_common:
+            self._keep_others_company(recipe, window, batch, size)
+
+    def _keep_others_company(self, recipe: Recipe, window: Window, batch: Batch, size: int) -> None:
+        """Goes through the module as often as the rank with the most samples does, with one that counts nothing."""
+        ranks, part, samples = recipe.ranks, recipe.ranks.part, samples_in(batch[0])
+        ranks.part = part._replace(samples=0)
+        try:
+            for _ in range(ceil(part.most / size) - ceil(samples / size)):
+                piece = next(pieces(batch, 1))
+                output, loss = recipe.compute(*piece)
+                window.beside().backward(recipe.shares(loss, output, piece, 1), 1, samples, recipe.backward)
+        finally:
+            ranks.part = part
 
     def _say(self, size: int, reason: str) -> None:
         if not self._has_said:

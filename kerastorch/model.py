@@ -346,7 +346,7 @@ class Model:
         checks.refuse_no_split(validation_split)
         checks.refuse_class_weight(class_weight)
         checks.refuse_accumulation(accumulate, microbatch, self._compiled.tbptt_steps, self._overrides("train_step"))
-        checks.refuse_halving(microbatch, self.backend.device)
+        checks.refuse_halving(microbatch, self.backend)
         limits.refuse_no_amounts(steps_per_epoch, validation_steps, sanity_steps, overfit_batches, dry_run)
         checks.refuse_resumed_dry_run(resume, dry_run)
         callbacks = as_list(callbacks)
@@ -464,6 +464,8 @@ class Model:
         params = {"verbose": self._shown(verbose), "epochs": 1, "steps": steps or opened.steps}
         hooks = self._hooks(callbacks, params)
         self._expect(opened)
+        if self.backend.world > 1:
+            self._refuse_other_ranks("evaluate", data=_fingerprint(opened), steps=steps)
         evaluation = self._recipe(self._evaluation_tracker, hooks)
         running = self.backend.running(self.module)
         with running, scopes.computing(self), scopes.shown(self, evaluation), loop.announced_errors(hooks):
@@ -509,6 +511,8 @@ class Model:
         opened = open_data(self._inputs(data), None, None, self._reading(batch_size, may_enlarge=may_enlarge))
         params = {"verbose": self._shown(verbose), "epochs": 1, "steps": steps or opened.steps}
         hooks = self._hooks(callbacks, params)
+        if self.backend.world > 1:
+            self._refuse_other_ranks("predict", data=_fingerprint(opened, data), steps=steps)
         with self.backend.running(self.module), scopes.computing(self), loop.announced_errors(hooks):
             batches = self.backend.feed(islice(opened.batches(0), steps))
             keeps_outputs = not any(getattr(callback, "takes_outputs", False) for callback in callbacks)
@@ -1132,7 +1136,10 @@ class Model:
             raise RuntimeError(
                 "fit was called by a callback while the same model trains. Train another, or call it later."
             )
-        self._refuse_other_ranks(opened, validated)
+        if self.backend.world > 1:
+            alike = {"seed": seed_of_order(), "weights": _checksum(self.module), "optimizer": self._rates_and_such()}
+            alike |= {"data": _fingerprint(opened), "validation_data": _fingerprint(validated)}
+            self._refuse_other_ranks("fit", **alike)
         position = Position(epoch)
         feed = self._batches if opened.own is None else partial(self._batches, ahead=False)
         looks_ahead = self.backend.looks_ahead and opened.own is None
@@ -1212,25 +1219,21 @@ class Model:
                 checks.refuse_unknown_monitor(update.schedule.schedule, known, is_validated)
         checks.refuse_unknown_monitors(callbacks, names, is_validated)
 
-    def _refuse_other_ranks(self, *data: Data | None) -> None:
-        """All processes must train on the same data, of which each takes its part."""
-        if self.backend.world == 1:
-            return
-        options = [
-            {name: str(value) for name, value in group.items() if name != "params"}
-            for update in self.updates.values()
-            for group in update.optimizer.param_groups
-        ]
-        seen = [None if one is None else (one.steps, _fingerprint(one.targets)) for one in data]
-        of_ranks = self.backend.collect([seed_of_order(), _checksum(self.module), options, *seen])
-        names = ("kt.set_seed", "module, by the sum of its weights,", "optimizer", "data", "validation_data")
+    def _refuse_other_ranks(self, verb: str, **given: Any) -> None:
+        """All processes must do the same, on the same data, of which each takes its part."""
+        of_ranks = self.backend.collect(given, f"model.{verb}")
         for rank, found in enumerate(of_ranks):
-            for what, own, first in zip(names, found, of_ranks[0], strict=True):
-                if own != first:
+            for name, first in of_ranks[0].items():
+                if found[name] != first:
                     raise ValueError(
-                        f"rank {rank} was given another {what} than rank 0: {own} instead of {first}. Give all ranks "
-                        f"the same; each takes its part of every batch."
+                        f"rank {rank} was given another {OF_RANKS.get(name, name)} than rank 0: {found[name]} instead "
+                        f"of {first}. Give all ranks the same; each takes its part of every batch."
                     )
+
+    def _rates_and_such(self) -> list[dict[str, str]]:
+        """What the optimizers are to do, in words."""
+        groups = (group for update in self.updates.values() for group in update.optimizer.param_groups)
+        return [{name: str(value) for name, value in group.items() if name != "params"} for group in groups]
 
     def _shown(self, verbose: int | str) -> int | str:
         return verbose if self.backend.rank == 0 else 0
@@ -1264,16 +1267,24 @@ class Model:
 
 
 NO_HOOKS = hooks_of(())
+OF_RANKS = {
+    "seed": "kt.set_seed",
+    "weights": "module, by the sum of its weights,",
+}  # what they must have alike, in words
 
 
 def _is_lazy(module: nn.Module) -> bool:
     return any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters())
 
 
-def _fingerprint(targets: Any) -> list[float]:
-    """A few numbers that other targets would not have; none where they are not in memory."""
-    ends = (leaf[index] for leaf in leaves(targets) for index in (0, len(leaf) // 2, -1))
-    return [float(one.double().nan_to_num().sum()) for one in ends]
+def _fingerprint(opened: Data | None, inputs: Any = None) -> Any:
+    """What other data would not have: its batches, and a few numbers of it where it is in memory."""
+    if opened is None:
+        return None
+    arrays = [one for one in leaves((opened.targets, inputs)) if isinstance(one, (Tensor, np.ndarray)) and len(one)]
+    numbers = [one for one in arrays if isinstance(one, Tensor) or one.dtype.kind in "biuf"]
+    ends = (torch.as_tensor(one[index]) for one in numbers for index in (0, len(one) // 2, -1))
+    return opened.steps, [float(one.double().nan_to_num().sum()) for one in ends]
 
 
 def _checksum(module: nn.Module) -> str:

@@ -33,7 +33,7 @@ def failure_of_first(ranks: Any, error: Exception | None) -> Exception | None:
         ranks: The backend; all processes must ask.
         error: What this one has failed with.
     """
-    said = ranks.collect(error and [getattr(error, "errno", None), str(error)])[0]
+    said = ranks.collect(error and [getattr(error, "errno", None), str(error)], "a write")[0]
     if error is not None or said is None:
         return error
     return OSError(*said) if said[0] is not None else RuntimeError(f"rank 0 failed: {said[1]}")

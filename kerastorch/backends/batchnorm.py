@@ -54,14 +54,17 @@ def _forward(layer: Any, ranks: Any, x: Tensor) -> Tensor:
     counts = ranks.part.samples_of(1) > 0
     is_trained = layer.training or layer.running_mean is None
     if is_trained and ranks.sync_batchnorm and not ranks.in_pieces:
-        return _normalized(layer, x, counts)
+        return _normalized(layer, ranks, x, counts)
     if is_trained and not counts:  # nothing to learn from, and too few for statistics
         return torch.zeros_like(x) + 0.0 * x
     return type(layer).forward(layer, x)
 
 
-def _normalized(layer: Any, x: Tensor, counts: bool) -> Tensor:
+def _normalized(layer: Any, ranks: Any, x: Tensor, counts: bool) -> Tensor:
     layer._check_input_dim(x)
+    samples = ranks.part.whole or len(x)
+    if samples * x.shape[2:].numel() == 1:  # torch's own words; it would see those of this rank alone
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     mean, variance, count = _statistics(x, counts)
     if layer.training and layer.track_running_stats and layer.running_mean is not None:
         _update(layer, mean.detach(), variance.detach(), count)

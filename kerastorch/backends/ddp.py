@@ -66,6 +66,9 @@ class DDP(Ranks):
         timeout_s: float = 600.0,
         max_restarts: int = 0,
     ) -> None:
+        for name, value in (("sync_batchnorm", sync_batchnorm), ("find_unused_parameters", find_unused_parameters)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} is neither True nor False. Give one of them.")
         self.sync_batchnorm, self.find_unused_parameters = sync_batchnorm, find_unused_parameters
         if not isinstance(max_restarts, int) or isinstance(max_restarts, bool) or max_restarts < 0:
             raise ValueError(f"max_restarts={max_restarts!r} is no number of restarts. Give a whole number from 0 up.")

@@ -114,6 +114,10 @@ class FSDP(DDP):
             )
 
     @property
+    def passes_are_common(self) -> bool:
+        return self._has_parts
+
+    @property
     def _has_parts(self) -> bool:
         return self.is_joined and self.shard == "parameters"
 
@@ -254,6 +258,8 @@ class FSDP(DDP):
         return _parted(tree, module.state_dict(keep_vars=True)) if self._has_parts else tree
 
     def state(self, of: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
+        if self._has_parts:  # before anything that all must take part in
+            self.collect(None, "what puts its state together")
         with self._saying_who_is_missed():
             state = super().state(of)
         if self._owners is not None and isinstance(of, torch.optim.Optimizer):

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from itertools import accumulate, count
+from itertools import accumulate, count, pairwise
 from math import ceil
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parameter import is_lazy
 
-from ..missing import missed
+from ..missing import missed, refuse_other_askers
 from ..structures import join, map_structure
 from .single import Single
 from .speed import as_weights, multiplications_per_s
@@ -51,11 +51,13 @@ class Part(NamedTuple):
         samples: How many; 0 = one of another rank's is in their place.
         whole: How many the global batch has.
         mean: How many the ranks have on the mean.
+        most: How many the rank with the most of them has.
     """
 
     samples: int
     whole: int
     mean: float
+    most: int
 
     def samples_of(self, rows: int) -> int:
         return min(rows, self.samples)
@@ -211,8 +213,11 @@ class Ranks(Single):
     def _share(self, samples: int) -> tuple[slice, Part]:
         """Rows of a global batch that are this rank's, and what they count."""
         # A little less: the shares are rounded, and a whole number must not become the next one.
-        first, last = (ceil(samples * self._bounds[rank] - 1e-9) for rank in (self.rank, self.rank + 1))
-        return slice(first, last) if last > first else slice(0, 1), Part(last - first, samples, samples / self.world)
+        ends = [ceil(samples * bound - 1e-9) for bound in self._bounds]
+        first, last = ends[self.rank], ends[self.rank + 1]
+        most = max(after - before for before, after in pairwise(ends))
+        part = Part(last - first, samples, samples / self.world, most)
+        return slice(first, last) if last > first else slice(0, 1), part
 
     def feed(self, batches: Iterable[Any], ahead: bool = True) -> Iterator[Any]:
         """The same batches, on the device; each says by `part` what it counts, until the next one."""
@@ -333,13 +338,14 @@ class Ranks(Single):
 
         return join(self.collect(map_structure(cut, output)), _joined)
 
-    def collect(self, value: Any) -> list[Any]:
+    def collect(self, value: Any, of: str = "") -> list[Any]:
         if not self.is_joined:
             return [value]
         found: list[Any] = [None] * self.world
         with self._saying_who_is_missed():
-            dist.all_gather_object(found, value, group=self.hosts)
-        return found
+            dist.all_gather_object(found, (of, value), group=self.hosts)
+        refuse_other_askers([asked for asked, _ in found])
+        return [one for _, one in found]
 
     def _saying_who_is_missed(self) -> AbstractContextManager:
         """Outside of a run: in it, the loop says where that was."""
@@ -405,11 +411,15 @@ def _refuse_no_devices(devices: Any, num_nodes: Any, timeout_s: Any) -> None:
     gpus = _gpus()
     if gpus and is_number and devices > gpus:
         raise ValueError(f"devices={devices}, but this machine has {gpus} GPUs. Give at most so many.")
+    if are_numbers and not gpus:
+        raise ValueError(
+            f"devices={devices!r}, but this machine has no GPUs. Give devices={len(devices)} for processes on the CPU."
+        )
     if are_numbers and max(devices) >= gpus:
         raise ValueError(f"devices={devices!r}, but this machine has {gpus} GPUs, from 0 on. Give their numbers.")
     if num_nodes is not None and (not _is_index(num_nodes) or num_nodes < 1):
         raise ValueError(f"num_nodes={num_nodes!r} is no number of machines. Give a whole number from 1 up.")
-    if not isinstance(timeout_s, Real) or isinstance(timeout_s, bool) or not timeout_s > 0:
+    if not isinstance(timeout_s, Real) or isinstance(timeout_s, bool) or not 0 < timeout_s < float("inf"):
         raise ValueError(f"timeout_s={timeout_s!r} is no time. Give seconds above 0.")
 
 

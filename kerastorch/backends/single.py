@@ -34,6 +34,7 @@ class Whole:
     """What a process alone has of each batch, and what a mean over it counts: all."""
 
     samples: int | None = None  # how many; `None` = as many as there are
+    whole: int | None = None  # of all processes
 
     def samples_of(self, rows: int) -> int:
         """How many of so many rows, of a batch or of a piece of one, count here."""
@@ -73,6 +74,7 @@ class Single:
     scratch: str | None = None  # where files go that another process writes; `None` = it is this one
     measures_parts = False  # whether each process measures its own part of the data, rather than one all of it
     leaves_gradients = True  # whether gradients are in the parameters when an optimizer step is made
+    passes_are_common = False  # whether all processes must go through the module as often
     weighs_pieces = False  # whether a step asks what each loss of a piece is the mean over
     unable: Mapping[str, str] = {}  # what does not go with it -> why, and what to do
 
@@ -167,7 +169,8 @@ class Single:
 
     def clip_value(self, parameters: Sequence[nn.Parameter], bound: float) -> None:
         """Bounds each number of the gradients by itself."""
-        nn.utils.clip_grad_value_(parameters, bound)
+        if any(one.grad is not None for one in parameters):  # of none torch makes an error
+            nn.utils.clip_grad_value_(parameters, bound)
 
     @staticmethod
     def clip_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
@@ -185,8 +188,8 @@ class Single:
         """The output for the whole batch, of which each process has computed its part."""
         return output
 
-    def collect(self, value: Any) -> list[Any]:
-        """Plain data of all processes, in their order."""
+    def collect(self, value: Any, of: str = "") -> list[Any]:
+        """Plain data of all processes, in their order; `of` says what asks, which must be the same in all of them."""
         return [value]
 
     def announce(self, value: Any) -> Any:

@@ -151,7 +151,8 @@ def _norms(gradients: list[Tensor], norm: float) -> Tensor:
     """The norm of each gradient: shape (gradients,), float32 or float64, so that none of half precision overflows."""
     values = [_values(gradient.detach()) for gradient in gradients]
     is_double = any(one.dtype == torch.float64 for one in values)
-    return torch.stack(torch._foreach_norm(values, norm, torch.float64 if is_double else torch.float32))
+    norms = torch.stack(torch._foreach_norm(values, norm, torch.float64 if is_double else torch.float32))
+    return norms.full_tensor() if hasattr(norms, "full_tensor") else norms  # of gradients in parts
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -210,6 +210,9 @@ CASES = {
         "compile": SGD | {"metrics": ["accuracy", "auc", "top3_accuracy", F1(10, average="macro")]},
         "fit": {"validation_split": 0.2},
     },
+    "torchmetrics of a rank without samples": {
+        "compile": SGD | {"metrics": ["auc", F1(10)]}, "fit": {"validation_data": (X[:1], Y[:1])},
+    },
     "validation within epochs": {"compile": SGD, "fit": {"validation_split": 0.2, "validation_freq": 0.5}},
     "steps_per_epoch": {"fit": {"steps_per_epoch": 2, "epochs": 5}},
     "max_steps": {"fit": {"epochs": 5, "max_steps": 7, "batch_size": 20}},

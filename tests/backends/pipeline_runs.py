@@ -30,6 +30,14 @@ SAME = (
     "EarlyStopping", "a stop that one rank asks for", "double", "sanity_steps", "dry_run",
 )  # fmt: skip
 HEADS = {"optimizer": "sgd", "loss": OUTPUTS, "lr": 0.1, "metrics": {"digit": ["accuracy"]}}
+
+
+def frozen_first() -> nn.Module:
+    net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    net[0].requires_grad_(False)
+    return net
+
+
 MORE = {
     "several losses": {
         "net": Heads, "compile": HEADS, "data": (X, {"digit": MASKED, "value": Y.astype("float32")}),
@@ -37,6 +45,7 @@ MORE = {
     "masked": {"compile": SGD, "data": (X, MASKED)},
     "masked, in windows": {"compile": SGD, "data": (X, MASKED), "fit": {"accumulate": 2, "batch_size": 20}},
     "values clipped": {"compile": SGD | {"clip": ("value", 1e-3)}},
+    "values clipped, a stage frozen": {"net": frozen_first, "compile": SGD | {"clip": ("value", 1e-3)}},
     "best weights restored": {
         "fit": {
             "epochs": 4, "validation_split": 0.3,

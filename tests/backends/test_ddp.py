@@ -369,7 +369,7 @@ import torch, kerastorch as kt
 kt.set_seed(0)
 model = kt.Model(torch.nn.Linear(4, 2), backend=kt.backends.{backend}(timeout_s=5)).compile("adam", "mse")
 if int(os.environ["RANK"]) == 0:
-    model.save("alone.pt")
+    model.save({folder!r} + "/alone.pt")
 else:
     {other}
 """
@@ -380,15 +380,55 @@ else:
     [
         ("DDP", "pass", "another rank has ended, which this one missed outside of a run"),
         ("FSDP", "time.sleep(60)", "this rank waited in vain for another one, outside of a run"),
-        ("DDP", "model.evaluate(torch.rand(8, 4), torch.rand(8, 2))", "RuntimeError: "),  # whoever gives up first
+        ("DDP", "model.evaluate(torch.rand(8, 4), torch.rand(8, 2))", "rank 0 is in a write, rank 1 in model.evaluate"),
+        (
+            "FSDP",
+            "model.predict(torch.rand(8, 4))",
+            "rank 0 is in what puts its state together, rank 1 in model.predict",
+        ),
     ],
 )
 def test_what_one_rank_does_alone_is_said_in_words(tmp_path, backend, other, said):
     path = tmp_path / "script.py"
-    path.write_text(ALONE.format(backend=backend, other=other))
+    path.write_text(ALONE.format(backend=backend, other=other, folder=str(tmp_path)))
     ran = torchrun(path, limit_s=60)
     assert ran.returncode == 1
     assert said in ran.stderr and "rank 0 alone writes" in ran.stderr
+
+
+MIXED = """
+import os
+import torch, kerastorch as kt
+kt.set_seed(0)
+rank, x, y = int(os.environ["RANK"]), torch.rand(64, 4), torch.rand(64, 2)
+model = kt.Model(torch.nn.Linear(4, 2), backend=kt.backends.DDP(timeout_s=60)).compile("adam", "mse")
+for verb in (lambda x, y: model.evaluate(x, y, verbose=0), lambda x, y: model.predict(x)):
+    try:
+        verb(x + rank, y + rank)
+    except ValueError as error:
+        with open(os.path.join(os.path.dirname(__file__), f"said-{rank}"), "a") as file:
+            file.write(str(error))
+"""
+
+
+def test_measuring_on_other_data_than_other_ranks_is_refused_at_once(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(MIXED)
+    ran = torchrun(path, limit_s=60)
+    assert ran.returncode == 0, ran.stderr
+    for rank in range(2):
+        assert (tmp_path / f"said-{rank}").read_text().count("rank 1 was given another data than rank 0") == 2
+
+
+def test_a_batch_of_one_sample_cannot_be_normalized_as_in_one_process():
+    said = []
+    for backend in ("cpu", kt.backends.DDP(2, timeout_s=20)):
+        net = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
+        model = kt.Model(net, backend=backend).compile("sgd", "cross_entropy")
+        with pytest.raises(ValueError, match="more than 1 value per channel") as caught:
+            model.fit(X[:21], Y[:21], batch_size=10, shuffle=False, verbose=0)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
 
 
 def test_ranks_are_started_again_from_the_last_file(tmp_path):
@@ -496,11 +536,14 @@ def test_a_machine_of_other_processes_than_asked_for_is_refused(tmp_path):
         ({"devices": 0}, "devices=0 names no devices"),
         ({"devices": "two"}, "devices='two' names no devices"),
         ({"devices": True}, "devices=True names no devices"),
-        ({"devices": [0, 99]}, "from 0 on"),
+        ({"devices": [0, 99]}, "has no GPUs. Give devices=2 for processes"),
         ({"devices": 2, "num_nodes": 2}, "torchrun --nnodes=2 --nproc-per-node=2"),
         ({"devices": 2, "num_nodes": 0}, "num_nodes=0 is no number"),
         ({"weights": [1, -1]}, "is no list of numbers above 0"),
         ({"timeout_s": 0}, "timeout_s=0 is no time"),
+        ({"timeout_s": float("inf")}, "timeout_s=inf is no time"),
+        ({"find_unused_parameters": "yes"}, "find_unused_parameters='yes' is neither True nor False"),
+        ({"sync_batchnorm": "no"}, "sync_batchnorm='no' is neither True nor False"),
         ({"max_restarts": -1}, "max_restarts=-1"),
         ({"devices": 2, "weights": [1, 2, 3]}, "weights has 3 numbers, but there are 2"),
     ],
