@@ -153,7 +153,8 @@ def _with_empty_lists(metric: Any, ranks: Any) -> Iterator[None]:
 
     torchmetrics would send float32 numbers in the place of any, and the others wait for what is of their own sort.
     """
-    lists = {name: value for name in metric._defaults if isinstance(value := getattr(metric, name), list)}
+    joined = [name for name, by in metric._reductions.items() if getattr(by, "__name__", "") == "dim_zero_cat"]
+    lists = {name: value for name in joined if isinstance(value := getattr(metric, name), list)}
     sorts = {name: (value[0].dtype, value[0].shape[1:]) for name, value in lists.items() if value}
     known = {name: sort for found in (ranks.collect(sorts) if lists else ()) for name, sort in found.items()}
     missing = [name for name in known if name not in sorts]

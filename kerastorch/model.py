@@ -1267,10 +1267,7 @@ class Model:
 
 
 NO_HOOKS = hooks_of(())
-OF_RANKS = {
-    "seed": "kt.set_seed",
-    "weights": "module, by the sum of its weights,",
-}  # what they must have alike, in words
+OF_RANKS = {"seed": "kt.set_seed", "weights": "module, by the sum of its weights,"}  # what is to be alike, in words
 
 
 def _is_lazy(module: nn.Module) -> bool:
@@ -1281,8 +1278,8 @@ def _fingerprint(opened: Data | None, inputs: Any = None) -> Any:
     """What other data would not have: its batches, and a few numbers of it where it is in memory."""
     if opened is None:
         return None
-    arrays = [one for one in leaves((opened.targets, inputs)) if isinstance(one, (Tensor, np.ndarray)) and len(one)]
-    numbers = [one for one in arrays if isinstance(one, Tensor) or one.dtype.kind in "biuf"]
+    arrays = [one for one in leaves((opened.targets, inputs)) if isinstance(one, (Tensor, np.ndarray))]
+    numbers = [one for one in arrays if one.ndim and len(one) and (isinstance(one, Tensor) or one.dtype.kind in "biuf")]
     ends = (torch.as_tensor(one[index]) for one in numbers for index in (0, len(one) // 2, -1))
     return opened.steps, [float(one.double().nan_to_num().sum()) for one in ends]
 

@@ -38,7 +38,7 @@ def normalizing(module: nn.Module, ranks: Any) -> Iterator[None]:
     Args:
         module: Its BatchNorm layers get a `forward` of their own, and lose it again.
         ranks: The backend. `sync_batchnorm` says whether they normalize by the whole batch, `in_pieces` that there is
-            none to be seen; `part` that this rank's samples count nothing.
+            none to be seen; `part` whether this rank's samples count.
     """
     layers = [one for one in module.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
     for layer in layers:
