@@ -64,7 +64,7 @@ def momentum_and_batchnorm(backend):
     kt.set_seed(3)
     model = kt.Model(mlp(nn.BatchNorm1d(33)), backend=backend(wrap=None))
     model.compile(lambda params: torch.optim.SGD(params, 0.1, momentum=0.9), "cross_entropy", metrics=["accuracy"])
-    return trained(model, x[:299], y[:299], callbacks=[kt.callbacks.GradNorm(per_layer=True)])
+    return trained(model, x[:299], y[:299])
 
 
 class TwoHeads(nn.Module):
@@ -164,7 +164,9 @@ def in_pieces(backend):
     x, y = digits(301)
     kt.set_seed(3)
     model = kt.Model(mlp(), backend=backend(wrap=5)).compile("rmsprop", "cross_entropy", lr=1e-3, clip=("value", 0.1))
-    return trained(model, x, y, microbatch=4, accumulate=2, batch_size=17)  # 3 pieces in one rank, 2 in the other
+    norms = [kt.callbacks.GradNorm(per_layer=True)]
+    # 3 pieces in one rank, 2 in the other.
+    return trained(model, x, y, microbatch=4, accumulate=2, batch_size=17, callbacks=norms)
 
 
 def scaled_losses(backend):
