@@ -175,6 +175,33 @@ def in_order(data: Any) -> Any:
     return data
 
 
+def with_batches_of(data: Any, batch_size: int) -> Any:
+    """A loader with all its settings but for its batch size; anything else, which `batch_size` is given beside, as is.
+
+    Raises:
+        TypeError: it brings batches that nobody can make of another size.
+    """
+    what = type(data).__name__
+    if isinstance(data, DataLoader):
+        if type(data) is not DataLoader or data.batch_size is None:
+            made = f"a {type(data.batch_sampler).__name__} of its own" if type(data) is DataLoader else "its own class"
+            raise TypeError(
+                f"the {what}'s batches come from {made}, which cannot be made anew for other sizes. Give its dataset, "
+                f"or a plain DataLoader with batch_size=."
+            )
+        sampler = {} if isinstance(data.dataset, IterableDataset) else {"sampler": data.sampler}
+        options = {"batch_size": batch_size, "drop_last": data.drop_last, **sampler}
+        return DataLoader(data.dataset, **_settings_of(data), **options)
+    is_dataset = isinstance(data, IterableDataset) or hasattr(data, "__getitem__") or hasattr(data, "column_names")
+    is_list_of_batches = isinstance(data, list) and not is_arrays(data)
+    if (is_dataset and not is_list_of_batches) or is_arrays(data) or (callable(data) and not hasattr(data, "__iter__")):
+        return data
+    raise TypeError(
+        f"data is a {what}, whose batches are made already and cannot be made of another size. Give arrays, a Dataset, "
+        f"or a DataLoader."
+    )
+
+
 def split_tail(data: Any, y: Any, sample_weight: Any, fraction: float) -> tuple[tuple, tuple]:
     """Cuts the last `fraction` of the samples off, before any shuffling, as Keras does.
 
@@ -606,23 +633,19 @@ def _loader_over(dataset: Dataset, like: DataLoader, *, shuffled: bool) -> DataL
             f"Split its dataset and give the second part as validation_data."
         )
     keeps_order = not shuffled or type(sampler) is SequentialSampler
-    return DataLoader(
-        dataset,
-        batch_size=like.batch_size,
-        sampler=SequentialSampler(dataset)
-        if keeps_order
-        else RandomSampler(dataset, replacement=sampler.replacement, generator=sampler.generator),
-        num_workers=like.num_workers,
-        collate_fn=like.collate_fn,
-        pin_memory=like.pin_memory,
-        drop_last=like.drop_last and shuffled,
-        timeout=like.timeout,
-        worker_init_fn=like.worker_init_fn,
-        multiprocessing_context=like.multiprocessing_context,
-        generator=like.generator,
-        prefetch_factor=like.prefetch_factor,
-        persistent_workers=like.persistent_workers,
-    )
+    if keeps_order:
+        sampler = SequentialSampler(dataset)
+    else:
+        sampler = RandomSampler(dataset, replacement=sampler.replacement, generator=sampler.generator)
+    options = {"batch_size": like.batch_size, "sampler": sampler, "drop_last": like.drop_last and shuffled}
+    return DataLoader(dataset, **_settings_of(like), **options)
+
+
+def _settings_of(loader: DataLoader) -> dict[str, Any]:
+    """All that a loader was made with, but for its dataset and what makes batches of it."""
+    names = ["num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"]
+    names += ["generator", "prefetch_factor", "persistent_workers", "in_order"]
+    return {name: getattr(loader, name) for name in names}
 
 
 def _length_or_none(sized: Any) -> int | None:

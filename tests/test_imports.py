@@ -71,6 +71,7 @@ BELOW = {
     "recomputing": {"patterns"},
     "export": {"checkpoint", "seeding", "step", "structures"},
     "flops": set(),
+    "untouched": {"losses", "seeding"},
     "summary": {"tracing"},
     "preflight.__init__": {
         "arguments", "checks", "preflight.data", "preflight.findings", "preflight.hints", "preflight.module",
@@ -78,9 +79,8 @@ BELOW = {
     },
     "preflight.trial": {
         "callbacks.base", "loop", "losses", "precision", "preflight.layers", "preflight.outputs", "preflight.seen",
-        "preflight.untouched", "scopes", "seeding", "step", "structures", "tracker",
+        "scopes", "seeding", "step", "structures", "tracker", "untouched",
     },
-    "preflight.untouched": {"seeding"},
     "preflight.refusals": {"memory", "preflight.findings", "preflight.layers", "preflight.seen"},
     "preflight.module": {"preflight.findings", "preflight.layers", "preflight.seen"},
     "preflight.data": {

@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from .. import loop, scopes
 from ..callbacks.base import Callback, hooks_of
-from ..losses import parts_of, warn_of_final_softmax
+from ..losses import parts_of as of_losses
+from ..losses import warn_of_final_softmax
 from ..precision import LOW
 from ..seeding import random_state_kept
 from ..step import Recipe, Update, evaluation_step, forward, open_windows, optimizer_step
 from ..structures import leaves, map_structure
 from ..tracker import Tracker, copies
+from ..untouched import parts_of, sources_of, untouched
 from .layers import ROOT, Layers
 from .outputs import kind_of
 from .seen import Failure, Seen
-from .untouched import untouched
 
 # As large as the first scale of torch's GradScaler, so that fp16 gradients do not vanish here either.
 LOSS_SCALE = 2.0**16
@@ -40,16 +41,10 @@ class Trial(Seen):
     @contextmanager
     def within(self) -> Iterator[None]:
         """Nothing that happens within is left behind."""
-        whole = [self.model, self.module]
-        attributes = [part for one in (self.source[0], self.validation_given) for part in _sources_of(one)]
-        if self.compiled is not None:
-            compiled, losses = self.compiled, parts_of(self.compiled.loss)
-            whole += [compiled, compiled.loss, compiled.logged_loss, compiled.plain, compiled.compute, *losses]
-            whole += [loss.layout for loss in losses] + [loss.function for loss in losses]
-            trackers = (self.model._training_tracker, self.model._evaluation_tracker)
-            whole += trackers
-            whole += [one for tracker in trackers for _, metric in tracker.means for one in _behind(metric.function)]
-            optimizers = [one for one in compiled._named.values() if isinstance(one, torch.optim.Optimizer)]
+        whole = parts_of(self.model)
+        attributes = [part for one in (self.source[0], self.validation_given) for part in sources_of(one)]
+        if self.compiled is not None:  # optimizers stand still
+            optimizers = [one for one in self.compiled._named.values() if isinstance(one, torch.optim.Optimizer)]
             whole += [optimizer.param_groups for optimizer in optimizers]
         with untouched(whole, attributes, device=self.model.backend.device):
             yield
@@ -158,7 +153,7 @@ class Trial(Seen):
         model.optimizer = standing[""] if compiled.is_single else standing
         if compiled.scaler is not None:
             recipe.backward, self.gradient_scale = _scaled_backward, LOSS_SCALE
-        for loss in parts_of(compiled.loss):
+        for loss in of_losses(compiled.loss):
             loss.has_warned = False  # what `compile` has warned of is found again
         warn_of_final_softmax(self.module, compiled.loss)
         model._expect(self.training, self.validation)
@@ -307,17 +302,3 @@ def _differ(together: Any, alone: Any, samples: int, tolerance: float) -> bool:
         return False
     a, b = together[-1].float(), alone[-1].float()
     return bool((a - b).abs().max() > tolerance * (a.abs().max() + 1e-6)) if a.numel() else False
-
-
-def _behind(function: Any) -> list[Any]:
-    """What a metric's function keeps: a loss, or a callable of the user's own."""
-    return [function, *(cell.cell_contents for cell in getattr(function, "__closure__", None) or ())]
-
-
-def _sources_of(data: Any) -> list[Any]:
-    """Objects whose attributes may change when a batch is taken: loaders, samplers, datasets, iterables."""
-    parts = [data]
-    for name in ("dataset", "sampler", "batch_sampler"):
-        for part in list(parts):
-            parts += [getattr(part, name)] if hasattr(part, name) else []
-    return parts

@@ -18,14 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..seeding import random_state_kept
+from .losses import parts_of as of_losses
+from .seeding import random_state, set_random_state
 
 # Share of the free device memory that copies may take; others go to the host's.
 COPIES_SHARE = 0.5
 
 
 @contextmanager
-def untouched(whole: Iterable[Any], attributes: Iterable[Any] = (), *, device: torch.device) -> Iterator[None]:
+def untouched(
+    whole: Iterable[Any], attributes: Iterable[Any] = (), *, device: torch.device, on_host: bool = False
+) -> Iterator[Callable[[], None]]:
     """Puts back what changes within, whichever way it ends.
 
     Args:
@@ -33,6 +36,10 @@ def untouched(whole: Iterable[Any], attributes: Iterable[Any] = (), *, device: t
             random generators. Objects of other classes inside of them are not looked into.
         attributes: Objects, such as datasets, that may hold very much: attributes, by reference, and generators.
         device: Its random numbers are put back too, beside those of Python, numpy and torch.
+        on_host: Whether copies are kept in the host's memory, all of the device's being needed. Default: where they
+            would take much of it.
+    Yields:
+        What puts all back at once, as often as it is called.
     Example:
         >>> net = nn.BatchNorm1d(2)
         >>> with untouched([net], device=torch.device("cpu")):
@@ -41,22 +48,48 @@ def untouched(whole: Iterable[Any], attributes: Iterable[Any] = (), *, device: t
         tensor([0., 0.])
     """
     memory = _Memory()
-    with random_state_kept():
-        for thing in attributes:
-            memory.keep_attributes(thing)
-        for thing in whole:
-            memory.keep_whole(thing)
-        memory.copy_tensors(device)
-        try:
-            yield
-        finally:
-            memory.restore()
+    for thing in attributes:
+        memory.keep_attributes(thing)
+    for thing in whole:
+        memory.keep_whole(thing)
+    memory.copy_tensors(device, on_host)
+    try:
+        yield memory.restore
+    finally:
+        memory.restore()
+
+
+def parts_of(model: Any) -> list[Any]:
+    """A model and what it has beside its optimizers in which a step of training leaves something."""
+    compiled = model._compiled
+    if compiled is None:
+        return [model, model.module]
+    losses, trackers = of_losses(compiled.loss), (model._training_tracker, model._evaluation_tracker)
+    parts = [compiled, compiled.loss, compiled.logged_loss, compiled.plain, compiled.compute, *losses, *trackers]
+    parts += [loss.layout for loss in losses] + [loss.function for loss in losses]
+    means = (metric.function for tracker in trackers for _, metric in tracker.means)
+    return [model, model.module, *parts, *(one for function in means for one in _behind(function))]
+
+
+def _behind(function: Any) -> list[Any]:
+    """What a metric's function keeps: a loss, or a callable of the user's own."""
+    return [function, *(cell.cell_contents for cell in getattr(function, "__closure__", None) or ())]
+
+
+def sources_of(data: Any) -> list[Any]:
+    """Objects whose attributes may change when a batch is taken: loaders, samplers, datasets, iterables."""
+    parts = [data]
+    for name in ("dataset", "sampler", "batch_sampler"):
+        for part in list(parts):
+            parts += [getattr(part, name)] if hasattr(part, name) else []
+    return parts
 
 
 class _Memory:
     """How everything was, as a list of functions that put it back."""
 
     def __init__(self) -> None:
+        self._random = random_state()
         self._seen: dict[int, Any] = {}  # with the objects, so that no `id` is used again meanwhile
         self._tensors: list[Tensor] = []
         self._undo: list[Callable[[], None]] = []
@@ -82,13 +115,13 @@ class _Memory:
             for value in vars(thing).values():
                 self._keep_generator(value)
 
-    def copy_tensors(self, device: torch.device) -> None:
+    def copy_tensors(self, device: torch.device, on_host: bool) -> None:
         """Copies what the tensors hold, once it is known how much that is."""
         needed = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors if tensor.is_cuda)
         fits = device.type != "cuda" or needed < COPIES_SHARE * torch.cuda.mem_get_info(device)[0]
         for tensor in self._tensors:
-            held = tensor.data
-            copy = held.clone() if fits or not tensor.is_cuda else held.cpu()
+            held = _own_part(tensor.data)
+            copy = held.cpu() if (on_host or not fits) and held.device.type != "cpu" else held.clone()
             self._undo.append(partial(_restore_values, held, copy))
 
     def restore(self) -> None:
@@ -96,6 +129,7 @@ class _Memory:
         with torch.no_grad():
             for undo in reversed(self._undo):
                 undo()
+        set_random_state(self._random)
 
     def _is_new(self, thing: Any) -> bool:
         is_new = id(thing) not in self._seen
@@ -153,6 +187,11 @@ class _Memory:
             self._undo.append(partial(value.setstate, value.getstate()))
 
 
+def _own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, of which each of several may hold a part."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def _can_be_written(tensor: Tensor) -> bool:
     """Whether it has values of its own: no fake tensor, none that was expanded, none of inference mode."""
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_inference():
@@ -169,6 +208,8 @@ def _restore_values(held: Tensor, copy: Tensor) -> None:
 
 
 def _restore_storage(tensor: Tensor, held: Tensor) -> None:
+    if hasattr(tensor, "to_local"):  # parts stay where they are
+        return
     if tensor.data_ptr() != held.data_ptr() or tensor.shape != held.shape or tensor.dtype != held.dtype:
         tensor.data = held
 

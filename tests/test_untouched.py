@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 from torchmetrics.classification import MulticlassAccuracy
 
 import kerastorch as kt
-from kerastorch.preflight.untouched import untouched
+from kerastorch.untouched import untouched
 
 CPU = torch.device("cpu")
 
