@@ -19,7 +19,7 @@ from .samples import generators_in
 from .seeding import Generator, random_state, set_random_state
 from .state import restore, state_of
 
-VERBS = ("fit", "evaluate", "predict")
+VERBS = ("fit", "evaluate", "predict", "find_batch_size")
 PLAIN = (str, bytes, bool, int, float, torch.Tensor, np.ndarray, np.generic, Path)
 
 
@@ -78,6 +78,7 @@ def _in_rank(
         "buffers": {name: one for name, one in model.module.named_buffers() if name not in model.module.state_dict()},
         "callbacks": callbacks,
         "steps": model.steps_taken,
+        "batch_size": model.batch_size,
         "gradient_norms": {name: update.gradient_norm for name, update in model.updates.items()},
         "random": random_state(generators) | {"cuda": [], "mps": None},  # the calling process leaves GPUs alone
     }
@@ -145,7 +146,7 @@ def _take_back(model: Any, brought: dict[str, Any], options: Mapping[str, Any], 
         if isinstance(callback, Callback):
             callback.model = model
         _update(vars(callback), kept)
-    model._steps_of_ranks = brought["steps"]
+    model._steps_of_ranks, model.batch_size = brought["steps"], brought["batch_size"]
     for name, norm in brought["gradient_norms"].items():
         model.updates[name].gradient_norm = norm
     is_trained = type(value).__name__ == "History"

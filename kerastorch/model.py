@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -19,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.utils.data import DataLoader
 
-from . import backends, checkpoint, checks, folders, limits, loop, optimizers, preflight, scopes
+from . import backends, checkpoint, checks, folders, limits, loop, optimizers, preflight, scopes, tuning
 from . import export as exporting
 from . import losses as named_losses
 from . import metrics as named_metrics
@@ -41,7 +43,7 @@ from .callbacks.debugging import nan_finders
 from .callbacks.progress import is_notebook, progress_for
 from .compilation import Compiled
 from .computation import Overridden
-from .data import Data, Reading, first_batches, in_order, open_data, peek, split_tail
+from .data import Data, Reading, first_batches, in_order, open_data, peek, split_tail, with_batches_of
 from .history import History
 from .launching import launch_verbs
 from .microbatch import PiecewiseStep
@@ -70,6 +72,7 @@ from .summary import Summary, summarize
 from .tbptt import TruncatedStep
 from .tensors import is_arrays, is_numbers, to_tensor
 from .tracker import Tracker, copies
+from .tuning import BatchSize
 from .writing import failure_of_first
 
 
@@ -88,6 +91,7 @@ class Model:
         stop_training: Set to `True`, by a callback say, to end the run after the running batch.
         stop_epoch: Set to `True`, by a callback say, to end the epoch after the running batch.
         epochs_trained: Epochs finished over all calls of `fit`: the order of the next epoch depends on it.
+        batch_size: What `find_batch_size` found, for every `fit` that is given none; `None` = 32.
     Example:
         >>> model = Model(nn.Linear(4, 1), backend="cpu").compile("sgd", "mse")
         >>> history = model.fit(torch.rand(64, 4), torch.rand(64, 1), epochs=2, verbose=0)
@@ -116,6 +120,8 @@ class Model:
         self._training_data: Data | None = None
         self._training: Recipe | None = None
         self._dry_run_folder: Path | None = None
+        self.batch_size: BatchSize | None = None
+        self._sized_loader: Callable[[], Any] = _nobody  # the one that `batch_size` was found for
         self._live_run: Run | None = None
         self._ended_run: dict[str, Any] | None = None
         if self.backend.starts_ranks:
@@ -265,7 +271,7 @@ class Model:
         y: Any = None,
         *,
         epochs: int | None = None,
-        batch_size: int | None = None,
+        batch_size: int | str | None = None,
         accumulate: int | Mapping[int, int] = 1,
         microbatch: int | str | None = None,
         callbacks: Any = (),
@@ -298,8 +304,9 @@ class Model:
             y: Targets of arrays, shape (samples, ...); or the name of the target's column where samples are mappings.
             epochs: Number of the epoch to end before, as in Keras: with `initial_epoch=2`, `epochs=5` trains three.
                 `None` = 1, or as many as `max_steps` and `max_time` take.
-            batch_size: Samples in a batch of arrays or a dataset; `None` = 32, beside `steps_per_epoch` too (Keras
-                divides the samples by the steps there). Loaders bring their own.
+            batch_size: Samples in a batch of arrays or a dataset; `"auto"` = what `find_batch_size` finds now. `None` =
+                what it has found before, else 32, beside `steps_per_epoch` too (Keras divides the samples by the steps
+                there). Loaders bring their own, but for one that `find_batch_size` was given.
             accumulate: Batches for each optimizer step, whose gradient is that of one large batch; or
                 `{epoch: batches}`, from that epoch on, 0-based: `{0: 8, 4: 4}`.
             microbatch: Samples that fit into memory at once: batches go through in pieces of so many, with the same
@@ -341,6 +348,10 @@ class Model:
         Source: semantics of `keras.Model.fit`.
         """
         self._refuse_uncompiled("fit")
+        options = {"accumulate": accumulate, "microbatch": microbatch, "class_weight": class_weight}
+        if batch_size == "auto":
+            batch_size = None
+            self.find_batch_size(data, y, sample_weight=sample_weight, **options)
         bounds = limits.limits(epochs, initial_epoch, min_epochs, min_steps, max_steps, max_time, dry_run)
         checks.refuse_nonpositive(batch_size=batch_size, validation_batch_size=validation_batch_size)
         checks.refuse_no_split(validation_split)
@@ -351,7 +362,12 @@ class Model:
         checks.refuse_resumed_dry_run(resume, dry_run)
         callbacks = as_list(callbacks)
 
-        reading = self._reading(batch_size, shuffle=shuffle and not overfit_batches, class_weight=class_weight)
+        if self.batch_size is not None and data is self._sized_loader():
+            data = with_batches_of(data, self.batch_size)
+        shuffle = shuffle and not overfit_batches
+        reading = self._reading(
+            batch_size, fallback_batch_size=self.batch_size, shuffle=shuffle, class_weight=class_weight
+        )
         held_out = as_pair(validation_data), validation_split, validation_batch_size
         opened, validated = self._open((data, y, sample_weight), reading, held_out, callbacks, overfit_batches)
         taken = limits.portion("steps_per_epoch", steps_per_epoch, opened.steps)
@@ -426,6 +442,65 @@ class Model:
             if self.backend.alone(step)(training, next(self._batches(batch.batches(0)))):
                 optimizer_step(training, training.updates[""])
         return returned(self._evaluation_tracker.result(), return_dict)
+
+    # Choosing by trying.
+
+    def find_batch_size(
+        self,
+        data: Any,
+        y: Any = None,
+        *,
+        mode: str = "predict",
+        steps_per_trial: int = 3,
+        max_trials: int = 25,
+        init: int = 2,
+        margin: float = 0.05,
+        memory: int | str | None = None,
+        apply: bool = True,
+        sample_weight: Any = None,
+        class_weight: Mapping[int, float] | None = None,
+        accumulate: int | Mapping[int, int] = 1,
+        microbatch: int | str | None = None,
+    ) -> BatchSize:
+        """The largest batch size that fits into memory, by trying real steps of which nothing is left.
+
+        A trial is a short `fit`, as compiled, and a validation. Several processes each try their part, and the size
+        fits where it fits all of them. Afterwards weights, optimizers, random numbers and data are as they were.
+
+        Args:
+            data: As in `fit`, with `y`; but no batches made already. A `DataLoader` is made anew with other sizes.
+            mode: `"predict"` = a forecast, made without running anything, that a few trials confirm; `"power"` =
+                doubled until it does not fit; `"binsearch"` = then halved in between. Default: `"predict"`.
+            steps_per_trial: Optimizer steps in a trial. Default: 3.
+            max_trials: Trials at most. Default: 25.
+            init: Size to begin with, where there is no forecast. Default: 2.
+            margin: How near to the largest is near enough, as a part of it. Default: 0.05.
+            memory: What training may take in each process beyond what it has now: bytes, or `"2GB"`. `None` = what is
+                free; on the CPU less a tenth, and shared by the processes of a machine. Nothing is tried there that is
+                expected to take more, since running out of memory would end the process.
+            apply: Whether each `fit` that is given no `batch_size` takes it from now on, also with this `DataLoader`.
+                Default: `True`.
+            sample_weight, class_weight, accumulate, microbatch: As in the `fit` that is to follow.
+        Returns:
+            A `BatchSize`: the global size as an int, with `.per_rank`, `.trials`, `.throughput_best` and `.plot()`; its
+            `str` is a table.
+        Raises:
+            RuntimeError: `compile` was not called; or what `fit` raises, unless it is about memory.
+            torch.OutOfMemoryError: not even one sample fits.
+            ValueError, TypeError: an argument is not as above, or data whose batches cannot be made anew.
+        Example:
+            >>> model = Model(nn.Linear(4, 1), backend="cpu").compile("sgd", "mse")
+            >>> int(model.find_batch_size(torch.rand(64, 4), torch.rand(64, 1)))  # all there are
+            64
+        """
+        self._refuse_uncompiled("find_batch_size")
+        options = {"sample_weight": sample_weight, "class_weight": class_weight}
+        options |= {"accumulate": accumulate, "microbatch": microbatch}
+        search = {"mode": mode, "steps_per_trial": steps_per_trial, "max_trials": max_trials, "init": init}
+        found = tuning.find_batch_size(self, data, y, margin=margin, memory=memory, **search, **options)
+        if apply:
+            self.batch_size, self._sized_loader = found, weakref.ref(data) if isinstance(data, DataLoader) else _nobody
+        return found
 
     # Measuring.
 
@@ -1268,6 +1343,10 @@ class Model:
 
 NO_HOOKS = hooks_of(())
 OF_RANKS = {"seed": "kt.set_seed", "weights": "module, by the sum of its weights,"}  # what is to be alike, in words
+
+
+def _nobody() -> None:
+    """A reference to nothing."""
 
 
 def _is_lazy(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from .tracing import Call, Trace, arguments_of, batch_size_of, home, resized, tr
 
 DEPTHS = {"top": 1, "full": sys.maxsize}
 # PyTorch's names for the optimizers whose state is not two tensors per parameter, as Adam's is. Momentum, AMSGrad and
-# centring add one each, see `_optimizer_bytes`.
+# centring add one each, see `optimizer_bytes`.
 STATE_TENSORS = {"SGD": 0, "Muon": 0, "Adafactor": 0, "RMSprop": 1, "Adagrad": 1, "ASGD": 1, "Lion": 1}
 
 
@@ -279,7 +279,7 @@ def _step_parts(training: Trace, optimizer: Any) -> dict[str, int]:
         "buffers": _bytes(training.module.buffers()),
         # Backward adds gradients of activations as it frees activations, and gradients of parameters.
         "gradients": max(gradient_bytes, training.peak_bytes - training.activation_bytes),
-        "optimizer": _optimizer_bytes(optimizer, gradient_bytes),
+        "optimizer": optimizer_bytes(optimizer, gradient_bytes),
         "activations": training.activation_bytes,
     }
 
@@ -292,12 +292,12 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not is_lazy(tensor))
 
 
-def _optimizer_bytes(optimizer: Any, gradient_bytes: int) -> int:
+def optimizer_bytes(optimizer: Any, gradient_bytes: int) -> int:
     """Bytes of the optimizer's state: counted if there is one, else as its kind will make it."""
     if optimizer is None:
         return 2 * gradient_bytes
     if isinstance(optimizer, Mapping):
-        return sum(_optimizer_bytes(one, _bytes(_trained_by(one))) for one in optimizer.values())
+        return sum(optimizer_bytes(one, _bytes(_trained_by(one))) for one in optimizer.values())
     if optimizer.state:
         return _bytes(leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
     options = ("momentum", "amsgrad", "centered")

@@ -92,6 +92,15 @@ class DDP(Ranks):
                 stack.enter_context(normalizing(module, self))
             yield
 
+    @contextmanager
+    def by_itself(self) -> Iterator[None]:
+        before = self.rank, self.world, self.share, self.is_joined
+        self.rank, self.world, self.share, self.is_joined = 0, 1, None, False
+        try:
+            yield
+        finally:
+            self.rank, self.world, self.share, self.is_joined = before
+
     def network(self, module: nn.Module) -> Callable:
         """Calls the module, or torch's wrapper around it once it is known that each parameter has a gradient."""
         self._module = module if self.is_joined else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -150,6 +150,9 @@ class DeepSpeed(DDP):
     def running(self, module: nn.Module) -> Iterator[None]:
         with quiet(), super().running(module):
             yield
+
+    def by_itself(self) -> AbstractContextManager:
+        return nullcontext()
 
     def gather_state(self) -> None:
         if self._zero is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from numbers import Integral
 from typing import Any
@@ -160,6 +160,9 @@ class FSDP(DDP):
         self._begin()
         with super().running(module):
             yield
+
+    def by_itself(self) -> AbstractContextManager:
+        return nullcontext()
 
     def _begin(self) -> None:
         """Before the first forward pass, which torch makes plans for."""

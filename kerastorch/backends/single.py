@@ -15,7 +15,7 @@ What is saved: `state` is that of a module or an optimizer as one process would 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -133,6 +133,10 @@ class Single:
     def running(self, module: nn.Module) -> AbstractContextManager:
         """What holds while the module is trained or measured."""
         return recomputed(module, self.checkpoint_activations)
+
+    def by_itself(self) -> AbstractContextManager:
+        """Meanwhile this process does everything as if there were no others; where it cannot, all do it together."""
+        return nullcontext()
 
     def alone(self, function: Callable) -> Callable:
         """A function that computes, drawing random numbers that no other process draws."""

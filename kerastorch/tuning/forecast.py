@@ -1,0 +1,137 @@
+"""How much memory a step of training will take at any batch size, without taking it.
+
+A trace of the module and its loss on fake tensors gives the shape of the curve, whatever that is; what trials have
+really taken gives its scale. A module that cannot be traced gets a curve through its trials.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .. import precision as precisions
+from ..losses import parts_of
+from ..step import forward
+from ..summary import optimizer_bytes
+from ..tracing import resized, try_trace
+
+NOISE = 0.02  # of the memory there is: what other things in the process may take or give back meanwhile
+
+
+class Forecast:
+    """The part of the memory there is that a step takes, by batch size; better with each trial.
+
+    Args:
+        traced: Batch size -> that part by a trace; `None` = there is no trace.
+    """
+
+    def __init__(self, traced: Callable[[int], float] | None) -> None:
+        self._traced, self._known = traced and cache(traced), {}
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it can tell anything."""
+        return self._traced is not None or len(self._known) > 1
+
+    @property
+    def is_vague(self) -> bool:
+        """Whether all it knows are trials too small to tell how it goes on."""
+        taken = [self._known[size] for size in sorted(self._known)]
+        return self._traced is None and taken[-1] - taken[0] < NOISE
+
+    def learn(self, size: int, part: float) -> None:
+        """Takes in what a trial has really taken."""
+        self._known[size] = part
+
+    def part_at(self, size: int) -> float | None:
+        """What a step of this batch size will take; `None` = nobody knows yet."""
+        if size in self._known:
+            return self._known[size]
+        if not self.is_known:
+            return None
+        curve = self._traced or float
+        points = [(curve(one), part) for one, part in sorted(self._known.items())][-3:]
+        if len(points) > 1:
+            return _through(points, curve(size), is_traced=self._traced is not None)
+        if not points:
+            return curve(size)
+        ((was, part),) = points
+        # What differs may be a factor or a constant: the one that leaves less for larger sizes.
+        return max(part * curve(size) / was, part + curve(size) - was if curve(size) > was else 0.0)
+
+    def largest_within(self, part: float, most: int) -> int:
+        """The largest batch size, up to `most`, that takes no more than `part`, to a hundredth of it; 0 = none."""
+        if self.part_at(most) <= part:
+            return most
+        low, high, is_guess = 0, most, True
+        while high - low > max(1, low // 100):
+            below, above = (self.part_at(low) if low else 0.0), self.part_at(high)
+            straight = low + (part - below) / max(above - below, 1e-9) * (high - low)
+            middle = straight if is_guess else max(low * high, 1) ** 0.5  # in turn: a guess may narrow one side alone
+            middle, is_guess = min(max(int(middle), low + 1), high - 1), not is_guess
+            low, high = (middle, high) if self.part_at(middle) <= part else (low, middle)
+        return low
+
+
+def _through(points: list[tuple[float, float]], at: float, is_traced: bool) -> float:
+    """The value at `at` of the line through the last two points; of sizes alone, of the parabola through three."""
+    (first, below), (last, part) = points[-2:]
+    slope = max(part - below, 0.0) / max(last - first, 1e-9)
+    if (
+        is_traced
+    ):  # what an allocator keeps weighs on small trials more than on large ones: it must not flatten the line
+        return part + max(slope, min(1.0, part / last)) * (at - last)
+    bend = 0.0
+    if len(points) == 3:
+        before, lowest = points[0]
+        bend = max(slope - (below - lowest) / (first - before), 0.0) / (last - before)
+    return part + slope * (at - last) + bend * (at - last) * (at - first)
+
+
+def traced_bytes(model: Any, batch: tuple) -> Callable[[int], float] | None:
+    """What a step takes beyond what is there before it, by batch size, as a trace on fake tensors counts.
+
+    Args:
+        model: A `kerastorch.Model`, with its optimizer.
+        batch: `(x, target, weight)` of any size.
+    Returns:
+        Batch size -> bytes; `None` = it cannot be traced; a step of the model's own never is.
+
+    Source: `FakeTensorMode`; what counts is that of `torch.distributed._tools.mem_tracker.MemTracker`.
+    """
+    compiled = model._compiled
+    is_own = model._overrides("train_step") or model._overrides("compute_loss") or compiled.tbptt_steps is not None
+    if is_own or not compiled.is_single:
+        return None
+    step = _Step(model.module, compiled.loss, compiled.precision, model.backend.device)
+    arguments = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (tuple(batch), {}))
+    gradient_bytes = sum(one.numel() * one.element_size() for one in model.module.parameters() if one.requires_grad)
+    state_bytes = optimizer_bytes(model.optimizer, gradient_bytes)
+
+    def traced(size: int) -> float:
+        trace, reason = try_trace(step, resized(arguments, size), training=True)
+        if trace is None:
+            raise RuntimeError(reason)
+        return trace.peak_bytes + state_bytes
+
+    return traced if try_trace(step, resized(arguments, 2), training=True)[0] is not None else None
+
+
+class _Step(nn.Module):
+    """The forward pass of a step: from a batch to its loss."""
+
+    def __init__(self, module: nn.Module, loss: Any, precision: Any, device: torch.device) -> None:
+        super().__init__()
+        self.network, self.loss, self._precision, self._device = module, copy.deepcopy(loss), precision, device
+        for one in parts_of(self.loss):
+            one.is_unchecked = False  # fake tensors have no values that could be looked at
+
+    def forward(self, x: Any, target: Any, weight: Any) -> Tensor:
+        network = precisions.in_precision(self.network, self._precision, self._device)
+        return self.loss(forward(network, x), target, weight)

@@ -1,0 +1,74 @@
+"""Runs of `fit` of which nothing is left: weights, optimizers, random numbers, data and callbacks are as they were."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..callbacks.base import SIGNALS
+from ..untouched import parts_of, sources_of, untouched
+
+
+@contextmanager
+def rehearsing(model: Any, *data: Any, on_host: bool = False) -> Iterator[Callable[[], None]]:
+    """Whatever is done with a model within, `fit` above all, it and its data are afterwards as they were.
+
+    Args:
+        model: A `kerastorch.Model`.
+        data: What it is given.
+        on_host: Whether copies of its weights are kept in the host's memory, all of the device's being needed.
+    Yields:
+        What puts all back at once.
+    """
+    states = [part for update in model.updates.values() for part in _of_update(update)]
+    compiled = model._compiled
+    states += [] if compiled is None or compiled.scaler is None else [compiled.scaler]
+    states += [one for tracker in (model._training_tracker, model._evaluation_tracker) for one in _metrics(tracker)]
+    attributes = [part for one in (*data, model.backend) for part in sources_of(one)]
+    with untouched([*parts_of(model), *states], attributes, device=model.backend.device, on_host=on_host) as undo:
+        yield undo
+
+
+def fit_quietly(model: Any, data: Any, y: Any, **options: Any) -> None:
+    """`fit` without a word; a signal that would have ended it early ends the search that it is part of."""
+    with warnings.catch_warnings():  # they come again in the run that is to follow
+        warnings.simplefilter("ignore")
+        history = model.fit(data, y, verbose=0, **options)
+    if history.stopped_by == "interrupt":
+        raise KeyboardInterrupt
+    if history.stopped_by in SIGNALS:
+        signal.raise_signal(signal.Signals[history.stopped_by])
+
+
+def without_schedules(model: Any) -> None:
+    """Has rates stay where they are, or where somebody puts them; within a rehearsal."""
+    compiled = model._compiled
+    compiled._schedules.update(dict.fromkeys(compiled._schedules))  # of optimizers that a lazy module has still to get
+    for update in model.updates.values():
+        update.schedule = None
+
+
+def _of_update(update: Any) -> list[Any]:
+    schedule = update.schedule
+    return [update, update.optimizer, update.scaled_step, schedule, getattr(schedule, "_scheduler", None)]
+
+
+def _metrics(tracker: Any) -> list[Any]:
+    """Metrics with a state of their own, and the objects behind them."""
+    of = [] if tracker is None else [metric for _, metric in tracker.stateful]
+    return [part for metric in of for part in (metric, metric.metric) if part is not None]
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was asked for."""
+    if device.type == "xla":
+        import torch_xla
+
+        torch_xla.sync()
+    elif device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
