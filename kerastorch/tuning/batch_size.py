@@ -247,7 +247,7 @@ def predict(known: Bracket) -> int | None:
     forecast, low, top = known.forecast, known.low, known.most if known.high is None else known.high - 1
     if known.is_narrow or (not low and known.high is not None):
         return None if low else (known.high // 2 or None)
-    if not forecast.is_known:
+    if forecast.part_at(top) is None:
         return min(max(2 * low, known.init), top)
     if not low:
         certain = forecast.largest_within(SURE, top)
@@ -299,11 +299,16 @@ class Search:
 
     def forecast_from(self, batch: tuple) -> Forecast:
         """A forecast of the part of its budget that the process takes which takes most of it."""
-        backend = self.model.backend
-        traced = None if self.fit_options.get("microbatch") is not None else traced_bytes(self.model, batch)
-        if self.budget is None or not all(backend.collect(traced is not None)):
+        backend, traced = self.model.backend, traced_bytes(self.model, batch)
+        if self.budget is None or self.fit_options.get("microbatch") is not None:  # of which a trace knows nothing
             return Forecast(None)
-        return Forecast(lambda size: max(backend.collect(traced(self.rows_of(size)) / self.own_budget)))
+
+        def part(size: int) -> float | None:
+            taken = traced(self.rows_of(size))
+            of_all = backend.collect(taken and taken / self.own_budget, "a forecast")
+            return None if None in of_all else max(of_all)
+
+        return Forecast(part)
 
     def run(self, strategy: Callable, known: Bracket, max_trials: int) -> list[Trial]:
         """Goes on until the strategy is content, or so many trials were run.
@@ -389,9 +394,8 @@ class Search:
         there_is = "what there is" if self.budget is None else f"the {in_words(self.budget)} there are for it"
         takes = f" takes {in_words(trial.peak_bytes)}, which" if trial.peak_bytes else ""
         return (
-            f"a step of batch size {trial.size}{takes} does not fit into {there_is}. Give compile precision="
-            f"'bf16', the "
-            f"backend checkpoint_activations=True, several devices FSDP, or the module smaller inputs."
+            f"a step of batch size {trial.size}{takes} does not fit into {there_is}. Give compile "
+            f"precision='bf16', the backend checkpoint_activations=True, several devices FSDP, or smaller inputs."
         )
 
 

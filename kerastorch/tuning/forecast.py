@@ -28,10 +28,10 @@ class Forecast:
     """The part of the memory there is that a step takes, by batch size; better with each trial.
 
     Args:
-        traced: Batch size -> that part by a trace; `None` = there is no trace.
+        traced: Batch size -> that part by a trace, or `None` where it fails; `None` = there is no trace.
     """
 
-    def __init__(self, traced: Callable[[int], float] | None) -> None:
+    def __init__(self, traced: Callable[[int], float | None] | None) -> None:
         self._traced, self._known = traced and cache(traced), {}
 
     @property
@@ -53,30 +53,47 @@ class Forecast:
         """What a step of this batch size will take; `None` = nobody knows yet."""
         if size in self._known:
             return self._known[size]
+        *curve, at = self._curve([*sorted(self._known)[-3:], size])
         if not self.is_known:
             return None
-        curve = self._traced or float
-        points = [(curve(one), part) for one, part in sorted(self._known.items())][-3:]
+        points = [*zip(curve, (self._known[one] for one in sorted(self._known)[-3:]), strict=True)]
         if len(points) > 1:
-            return _through(points, curve(size), is_traced=self._traced is not None)
+            return _through(points, at, is_traced=self._traced is not None)
         if not points:
-            return curve(size)
+            return at
         ((was, part),) = points
         # What differs may be a factor or a constant: the one that leaves less for larger sizes.
-        return max(part * curve(size) / was, part + curve(size) - was if curve(size) > was else 0.0)
+        return max(part * at / was, part + at - was if at > was else 0.0)
+
+    def _curve(self, sizes: list[int]) -> list[float]:
+        """What a trace says of these sizes; where it cannot of all, from then on the sizes themselves."""
+        found = [None if self._traced is None else self._traced(size) for size in sizes]
+        if None in found:
+            self._traced = None
+            return [*map(float, sizes)]
+        return found
 
     def largest_within(self, part: float, most: int) -> int:
         """The largest batch size, up to `most`, that takes no more than `part`, to a hundredth of it; 0 = none."""
-        if self.part_at(most) <= part:
-            return most
-        low, high, is_guess = 0, most, True
+        low, high, is_guess = 0, most + 1, False
         while high - low > max(1, low // 100):
-            below, above = (self.part_at(low) if low else 0.0), self.part_at(high)
-            straight = low + (part - below) / max(above - below, 1e-9) * (high - low)
-            middle = straight if is_guess else max(low * high, 1) ** 0.5  # in turn: a guess may narrow one side alone
-            middle, is_guess = min(max(int(middle), low + 1), high - 1), not is_guess
-            low, high = (middle, high) if self.part_at(middle) <= part else (low, middle)
+            size = (
+                most if high > most else self._between(low, high, part) if is_guess else int(max(low * high, 1) ** 0.5)
+            )
+            size, is_guess = (
+                min(max(size, low + 1), high - 1),
+                not is_guess,
+            )  # in turn: a guess may narrow one side alone
+            expected = self.part_at(size)
+            if expected is None:  # the trace has failed: only what was tried is known
+                return max(self._known, default=1)
+            low, high = (size, high) if expected <= part else (low, size)
         return low
+
+    def _between(self, low: int, high: int, part: float) -> int:
+        """Where a straight line between two sizes comes to `part`."""
+        below, above = (self.part_at(low) if low else 0.0), self.part_at(high)
+        return low + int((part - below) / max(above - below, 1e-9) * (high - low))
 
 
 def _through(points: list[tuple[float, float]], at: float, is_traced: bool) -> float:
@@ -94,33 +111,31 @@ def _through(points: list[tuple[float, float]], at: float, is_traced: bool) -> f
     return part + slope * (at - last) + bend * (at - last) * (at - first)
 
 
-def traced_bytes(model: Any, batch: tuple) -> Callable[[int], float] | None:
+def traced_bytes(model: Any, batch: tuple) -> Callable[[int], float | None]:
     """What a step takes beyond what is there before it, by batch size, as a trace on fake tensors counts.
 
     Args:
         model: A `kerastorch.Model`, with its optimizer.
         batch: `(x, target, weight)` of any size.
     Returns:
-        Batch size -> bytes; `None` = it cannot be traced; a step of the model's own never is.
+        Batch size -> bytes, or `None` where it cannot be traced, as a step of the model's own never can.
 
     Source: `FakeTensorMode`; what counts is that of `torch.distributed._tools.mem_tracker.MemTracker`.
     """
     compiled = model._compiled
     is_own = model._overrides("train_step") or model._overrides("compute_loss") or compiled.tbptt_steps is not None
     if is_own or not compiled.is_single:
-        return None
+        return lambda size: None
     step = _Step(model.module, compiled.loss, compiled.precision, model.backend.device)
     arguments = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (tuple(batch), {}))
     gradient_bytes = sum(one.numel() * one.element_size() for one in model.module.parameters() if one.requires_grad)
     state_bytes = optimizer_bytes(model.optimizer, gradient_bytes)
 
-    def traced(size: int) -> float:
-        trace, reason = try_trace(step, resized(arguments, size), training=True)
-        if trace is None:
-            raise RuntimeError(reason)
-        return trace.peak_bytes + state_bytes
+    def traced(size: int) -> float | None:
+        trace, _ = try_trace(step, resized(arguments, size), training=True)
+        return None if trace is None else trace.peak_bytes + state_bytes
 
-    return traced if try_trace(step, resized(arguments, 2), training=True)[0] is not None else None
+    return traced
 
 
 class _Step(nn.Module):
