@@ -19,7 +19,7 @@ from .samples import generators_in
 from .seeding import Generator, random_state, set_random_state
 from .state import restore, state_of
 
-VERBS = ("fit", "evaluate", "predict", "find_batch_size")
+VERBS = ("fit", "evaluate", "predict", "find_batch_size", "find_lr")
 PLAIN = (str, bytes, bool, int, float, torch.Tensor, np.ndarray, np.generic, Path)
 
 
@@ -79,6 +79,7 @@ def _in_rank(
         "callbacks": callbacks,
         "steps": model.steps_taken,
         "batch_size": model.batch_size,
+        "finds_lr": model._finds_lr,
         "gradient_norms": {name: update.gradient_norm for name, update in model.updates.items()},
         "random": random_state(generators) | {"cuda": [], "mps": None},  # the calling process leaves GPUs alone
     }
@@ -86,7 +87,7 @@ def _in_rank(
 
 def arrive(model: Any) -> None:
     """The module, and all that was compiled for it, moves to where the backend is now."""
-    state = state_of(model)
+    state, finds_lr = state_of(model), model._finds_lr
     with warnings.catch_warnings():  # what is to be said of it was said when it was made and compiled
         warnings.simplefilter("ignore")
         model.module = model.backend.place(model.module)
@@ -94,6 +95,7 @@ def arrive(model: Any) -> None:
             return
         own = next(one for one in type(model).__mro__ if one.__module__ == f"{__package__}.model")
         own.compile(model, **model._compile_options)  # with what a subclass's own compile has called it with
+    model._finds_lr = finds_lr
     _regroup(model, state)
     restore(model, state)
 
@@ -147,6 +149,7 @@ def _take_back(model: Any, brought: dict[str, Any], options: Mapping[str, Any], 
             callback.model = model
         _update(vars(callback), kept)
     model._steps_of_ranks, model.batch_size = brought["steps"], brought["batch_size"]
+    model._finds_lr = brought["finds_lr"]
     for name, norm in brought["gradient_norms"].items():
         model.updates[name].gradient_norm = norm
     is_trained = type(value).__name__ == "History"

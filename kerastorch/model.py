@@ -72,7 +72,7 @@ from .summary import Summary, summarize
 from .tbptt import TruncatedStep
 from .tensors import is_arrays, is_numbers, to_tensor
 from .tracker import Tracker, copies
-from .tuning import BatchSize
+from .tuning import BatchSize, LearningRate
 from .writing import failure_of_first
 
 
@@ -120,6 +120,7 @@ class Model:
         self._training_data: Data | None = None
         self._training: Recipe | None = None
         self._dry_run_folder: Path | None = None
+        self._finds_lr = False  # when `fit` is called next
         self.batch_size: BatchSize | None = None
         self._sized_loader: Callable[[], Any] = _nobody  # the one that `batch_size` was found for
         self._live_run: Run | None = None
@@ -148,7 +149,7 @@ class Model:
         weighted_metrics: Any = (),
         precision: str | int = "32",
         clip: float | tuple[str, float] | None = None,
-        lr: float | Mapping[str, float] | None = None,
+        lr: float | str | Mapping[str, float] | None = None,
         schedule: Any = None,
         jit: bool | str = False,
         tbptt_steps: int | None = None,
@@ -171,7 +172,8 @@ class Model:
                 module is cast). Default: `"32"`, the module's own dtype.
             clip: Bound of the gradients' global norm before each step, or `("value", bound)`. Default: none.
             lr: Learning rate, or `{pattern of parameter names: rate}`, the first that fits deciding; for several
-                optimizers also by their names. `None` = the optimizer's own default.
+                optimizers also by their names. `"auto"` = what `find_lr` finds when `fit` is called next. `None` = the
+                optimizer's own default.
             schedule: `"one_cycle"`, `"cosine"`, `"linear"`, `"triangular"`, ..., with options from
                 `kerastorch.schedules`: moves the rate each step over the run's length; a callable `optimizer ->
                 LRScheduler` is stepped each epoch, `("step", callable)` each step. Default: none.
@@ -191,7 +193,7 @@ class Model:
             "loss": loss,
             "precision": precision,
             "clip": clip,
-            "lr": lr,
+            "lr": None if lr == "auto" else lr,
             "schedule": schedule,
             "jit": jit,
             "tbptt_steps": tbptt_steps,
@@ -215,6 +217,7 @@ class Model:
         compiled.settle(own_loss, bool(chosen_metrics))
         self._compiled, self.optimizer = compiled, compiled.optimizer
         self._compile_options = options | {"metrics": metrics, "weighted_metrics": weighted_metrics}
+        self._finds_lr = isinstance(lr, str) and lr == "auto"
         # Two states: validation never counts into the running epoch. The user's own objects hold the evaluation's.
         self._training_tracker = Tracker(compiled.logged_loss, copies(chosen_metrics), self.backend)
         self._evaluation_tracker = Tracker(compiled.logged_loss, chosen_metrics, self.backend)
@@ -352,6 +355,9 @@ class Model:
         if batch_size == "auto":
             batch_size = None
             self.find_batch_size(data, y, sample_weight=sample_weight, **options)
+        if self._finds_lr:
+            self._finds_lr = False
+            self.find_lr(data, y, batch_size=batch_size, sample_weight=sample_weight, shuffle=shuffle, **options)
         bounds = limits.limits(epochs, initial_epoch, min_epochs, min_steps, max_steps, max_time, dry_run)
         checks.refuse_nonpositive(batch_size=batch_size, validation_batch_size=validation_batch_size)
         checks.refuse_no_split(validation_split)
@@ -500,6 +506,76 @@ class Model:
         found = tuning.find_batch_size(self, data, y, margin=margin, memory=memory, **search, **options)
         if apply:
             self.batch_size, self._sized_loader = found, weakref.ref(data) if isinstance(data, DataLoader) else _nobody
+        return found
+
+    def find_lr(
+        self,
+        data: Any,
+        y: Any = None,
+        *,
+        min_lr: float = 1e-7,
+        max_lr: float = 10,
+        steps: int = 100,
+        mode: str = "exponential",
+        smoothing: float = 0.98,
+        stop_factor: float | None = 4,
+        optimizer: str | None = None,
+        confirm: bool | int = True,
+        apply: bool = True,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        class_weight: Mapping[int, float] | None = None,
+        accumulate: int | Mapping[int, int] = 1,
+        microbatch: int | str | None = None,
+        shuffle: bool = True,
+    ) -> LearningRate | dict[str, LearningRate]:
+        """A good learning rate: a range test of real steps, and short runs that confirm what its curve suggests.
+
+        All of it is as compiled, but without the schedule; nothing of it is left. Parameter groups keep their ratios,
+        and rates are those of the first.
+
+        Args:
+            data: As in `fit`, with `y`; but no generator. It is gone through again where it is shorter than the test.
+            min_lr, max_lr: First and last rate of the test. Default: 1e-7 and 10.
+            steps: Optimizer steps of the test, each at a higher rate. Default: 100.
+            mode: `"exponential"` = in equal ratios, `"linear"` = in equal steps. Default: `"exponential"`.
+            smoothing: Weight of what was before in the moving average of losses. Default: 0.98.
+            stop_factor: The test ends where the smoothed loss is so many times its lowest; `None` = at `max_lr`.
+                Default: 4.
+            optimizer: Of several, the one to find a rate for, while the others keep theirs. `None` = all in turn.
+            confirm: Whether up to 11 rates are tried, beginning with what the curve suggests, in runs of 100 steps or
+                an epoch each from where the model is now; or how many steps. Not with several optimizers, whose losses
+                do not tell which rate is better. Default: `True`.
+            apply: Whether the optimizer gets the rate, where there is an answer. Default: `True`.
+            batch_size, sample_weight, class_weight, accumulate, microbatch, shuffle: As in the `fit` that is to follow.
+        Returns:
+            A `LearningRate`, with `.lr`, `.lrs`, `.losses`, `.smoothed`, `.suggestion(method)`, `.plot()`; its `str` is
+            a table. A dict of them by the names of optimizers where several were asked for.
+        Raises:
+            RuntimeError: `compile` was not called; or what `fit` raises.
+            ValueError, TypeError: an argument or the data is not as above.
+        Example:
+            >>> model = Model(nn.Linear(4, 1), backend="cpu").compile("sgd", "mse")
+            >>> x = torch.rand(256, 4)
+            >>> found = model.find_lr(x, x.sum(1, keepdim=True))
+            >>> model.optimizer.param_groups[0]["lr"] == found.lr
+            True
+
+        Source: Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3.
+        """
+        self._refuse_uncompiled("find_lr")
+        if self.optimizer is None:  # it gets a rate, so that it must be there
+            self._with_optimizer(open_data(data, y, sample_weight, self._reading(batch_size)))
+        options = {"batch_size": batch_size, "sample_weight": sample_weight, "class_weight": class_weight}
+        options |= {"accumulate": accumulate, "microbatch": microbatch, "shuffle": shuffle}
+        sweep = {"min_lr": min_lr, "max_lr": max_lr, "steps": steps, "mode": mode, "smoothing": smoothing}
+        sweep |= {"stop_factor": stop_factor, "optimizer": optimizer, "confirm": confirm}
+        found = tuning.find_lr(self, data, y, **sweep, **options)
+        for one in found.values() if isinstance(found, dict) else [found]:
+            if apply and one.lr is None:
+                warnings.warn(f"find_lr has no answer: {one.reason}. The rate stays as it was.", stacklevel=2)
+            elif apply:
+                tuning.apply_rate(self.updates[one.optimizer], one.lr)
         return found
 
     # Measuring.
@@ -779,6 +855,7 @@ class Model:
         if saved.get("optimizers"):
             self._refuse_uncompiled("load")
         restore(self, saved, repr(str(path)))
+        self._finds_lr = False
         return self
 
     def export(

@@ -166,6 +166,28 @@ class Tracker:
         sums = _add(self._sums, self._measure(pending, self._batch_samples)) if pending else self._sums
         return self.ranks.announce(self._read(*self._of_all(sums, self.logged), of_all=True))
 
+    def take(self) -> tuple[Sums, ...] | None:
+        """Sums of what was added since the last call, of this process, for `losses_of`; nothing is read."""
+        self._flush()
+        sums, self._sums = self._sums, None
+        return sums
+
+    def losses_of(self, taken: Sequence[tuple[Sums, ...]]) -> list[float]:
+        """The mean loss of each `take`, of all processes, which must ask together: one read for all of them."""
+        pairs, number = [], len(taken[0]) - len(self.means) if taken else 0
+        for sums in taken:
+            pairs += sums[:number]
+        pairs, _ = self._of_all(tuple(pairs), {})
+        if not pairs:
+            return []
+        totals = torch.stack([torch.as_tensor(total, dtype=self.dtype, device=self.ranks.device) for total, _ in pairs])
+        counts = torch.stack([torch.as_tensor(count, dtype=self.dtype, device=self.ranks.device) for _, count in pairs])
+        means = (totals / counts).reshape(len(taken), number)
+        if self._has_parts:
+            means = means * torch.tensor([*self.loss.weights.values()], dtype=self.dtype, device=means.device)
+        self.ranks.cut()
+        return means.sum(1).tolist()
+
     def state_dict(self) -> dict[str, Any]:
         """All that was taken in since `reset`, as it is kept: tensors and plain data."""
         return {

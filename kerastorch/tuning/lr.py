@@ -1,0 +1,361 @@
+"""A good learning rate: a sweep of real steps at growing rates, what its curve says, and short runs that confirm it.
+
+`sweep -> curve -> suggestion`. The sweep is a `fit` whose rate a callback sets before each step; how curves are read is
+in `curve.py`. What a curve suggests is only a start: which rate learns fastest is seen by learning with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..callbacks.base import Callback
+from ..checks import is_count
+from .curve import METHODS, end_of, smoothed, trimmed, valley, why_silent
+from .rehearsal import fit_quietly, rehearsing, without_schedules
+
+READ_EVERY = 10  # steps between two reads of losses from the device
+CONFIRMING_STEPS = 100  # of a run that confirms a rate; fewer favour rates that are too high or too low, by problem
+MOST_RATES = 10  # confirmed, before the search is content with what it has
+RATIOS = (10 ** (1 / 2), 10 ** (1 / 4), 10 ** (1 / 8))  # between rates compared; the last is how exact a rate can be
+AS_GOOD = 1.1  # times the lowest loss: rates of the range that is shown
+MODES = ("exponential", "linear")
+
+
+class LearningRate:
+    """What a search for a learning rate has shown.
+
+    Attributes:
+        lr: The rate to take; `None` where there is no answer.
+        reason: Why the curve alone gives no answer; "" where it does.
+        lrs: Rates of the sweep, ascending, those of the optimizer's first group.
+        losses: The loss before the step at each rate, as it was.
+        smoothed: The same, smoothed.
+        tried: Rates that were confirmed -> the mean loss of the last half of a short run at that rate; empty = none.
+        optimizer: Which optimizer it is for; "" where there is one.
+    """
+
+    def __init__(
+        self, lrs: Sequence[float], losses: Sequence[float], smoothing: float, steps: int, optimizer: str = ""
+    ) -> None:
+        self.lrs, self.losses, self.smoothed = list(lrs), list(losses), smoothed(losses, smoothing)
+        self.optimizer, self._steps = optimizer, steps
+        self._rates, self._curve = trimmed(self.lrs, self.smoothed, steps)
+        self.reason = why_silent(self.losses, self._curve, steps, has_diverged=len(self.lrs) < steps)
+        self.tried: dict[float, float] = {}
+        self.lr: float | None = self.suggestion("valley")
+
+    def suggestion(self, method: str | None = None) -> float | None:
+        """A rate to take.
+
+        Args:
+            method: `"steepest"`, `"valley"`, `"minimum"` or `"slide"`, read off the curve alone (their sources are in
+                `kerastorch.tuning.curve`); `None` = `lr`, which was confirmed.
+        Returns:
+            The rate; `None` where there is no answer, of which `reason` tells.
+        Raises:
+            ValueError: an unknown method.
+        """
+        if method is None:
+            return self.lr
+        if method not in METHODS:
+            raise ValueError(f"method={method!r} is not known. Give {', '.join(map(repr, METHODS))}, or None.")
+        return None if self.reason else METHODS[method](self._rates, self._curve)
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """The lowest and the highest rate that do about as well; `None` where there is no answer."""
+        if self.lr is None:
+            return None
+        good = [rate for rate, loss in self.tried.items() if loss <= AS_GOOD * self.tried[self.lr]]
+        good = good or [rate for name in METHODS if (rate := self.suggestion(name)) is not None]
+        return min(good), max(good)
+
+    def __repr__(self) -> str:
+        of = f", optimizer={self.optimizer!r}" if self.optimizer else ""
+        return f"<LearningRate {self._words_of(self.lr)}{of}>"
+
+    def __str__(self) -> str:
+        from tabulate import tabulate
+
+        rows = [(f"{name}, by the curve", self._words_of(self.suggestion(name)), "") for name in METHODS]
+        rows += [("confirmed", f"{rate:.3g}", f"{loss:.4g}") for rate, loss in sorted(self.tried.items())]
+        of = f" of {self.optimizer!r}" if self.optimizer else ""
+        lines = [
+            f"learning rate{of}: {self._words_of(self.lr)}",
+            *([f"by the curve alone no answer: {self.reason}"] if self.reason else []),
+        ]
+        return "\n".join([*lines, tabulate(rows, ("", "rate", "loss"), "simple", disable_numparse=True)])
+
+    @staticmethod
+    def _words_of(rate: float | None) -> str:
+        return "no answer" if rate is None else f"{rate:.3g}"
+
+    def plot(self, suggest: bool = True, path: str | None = None) -> Any:
+        """Draws the loss over the rate; needs matplotlib.
+
+        Args:
+            suggest: Whether to show the rate to take, and the range of those that do about as well. Default: `True`.
+            path: File to save the picture in, `.png`, `.svg` or `.pdf`; `None` = it is not saved.
+        Returns:
+            The `matplotlib.figure.Figure`.
+        """
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+        axes.plot(self.lrs, self.losses, color="tab:blue", alpha=0.3, label="sweep")
+        axes.plot(self.lrs, self.smoothed, color="tab:blue", label="smoothed")
+        if self.tried:
+            rates = sorted(self.tried)
+            axes.plot(rates, [self.tried[rate] for rate in rates], "o", color="tab:orange", label="short runs")
+        if suggest and self.lr is not None:
+            axes.axvspan(*self.range, color="tab:green", alpha=0.15, label="about as good")
+            axes.axvline(self.lr, color="tab:green", label=f"lr = {self.lr:.3g}")
+        finite = [loss for loss in (*self.losses, *self.tried.values()) if math.isfinite(loss)]
+        low, first = min(finite, default=0.0), next(iter(finite), 1.0)
+        axes.set_ylim(low - 0.05 * abs(first - low), first + 0.5 * abs(first - low) + 1e-12)
+        title = f"of {self.optimizer!r}" if self.optimizer else ""
+        axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title=title if not self.reason else self.reason)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+
+def find_lr(
+    model: Any,
+    data: Any,
+    y: Any = None,
+    *,
+    min_lr: float = 1e-7,
+    max_lr: float = 10,
+    steps: int = 100,
+    mode: str = "exponential",
+    smoothing: float = 0.98,
+    stop_factor: float | None = 4,
+    optimizer: str | None = None,
+    confirm: bool | int = True,
+    **fit_options: Any,
+) -> LearningRate | dict[str, LearningRate]:
+    """What `Model.find_lr` returns; see there."""
+    _refuse_no_sweep(min_lr, max_lr, steps, mode, smoothing, stop_factor, confirm)
+    if hasattr(data, "__next__"):
+        raise TypeError(
+            f"data is a {type(data).__name__}, which can be gone through once, and each run goes through it again. Give "
+            f"a callable that makes a new one."
+        )
+    fit = _Rehearsed(model, data, y, fit_options)
+    with rehearsing(model, data) as undo:
+        names = fit.names_of(optimizer)
+        found = {}
+        for name in names:
+            rates = rates_between(min_lr, max_lr, steps, mode)
+            lrs, losses = fit.sweep(name, rates, smoothing, stop_factor)
+            undo()
+            found[name] = LearningRate(lrs, losses, smoothing, steps, name)
+            if confirm and len(fit.all_names) == 1:  # losses of networks that play against each other do not compare
+                run_steps = CONFIRMING_STEPS if confirm is True else confirm
+                _confirm(found[name], lambda rate: fit.loss_at(rate, run_steps, undo))  # noqa: B023
+    return found[""] if [*found] == [""] else found[optimizer] if optimizer is not None else found
+
+
+def rates_between(min_lr: float, max_lr: float, steps: int, mode: str) -> list[float]:
+    """So many rates, the first and the last included, in equal ratios or, with `"linear"`, in equal steps."""
+    parts = [step / (steps - 1) for step in range(steps)]
+    if mode == "linear":
+        return [min_lr + part * (max_lr - min_lr) for part in parts]
+    return [min_lr * (max_lr / min_lr) ** part for part in parts]
+
+
+def _confirm(found: LearningRate, loss_at: Callable[[float], float]) -> None:
+    """Goes from what the curve suggests to the rate with the lowest loss among its neighbours, in ever smaller steps.
+
+    Neighbours are compared by runs from the same start, on the same data and random numbers, so that they differ by
+    their rates alone.
+    """
+    if not len(found._rates):
+        return
+    untrained = sorted(found.losses[: READ_EVERY + 1])[READ_EVERY // 2]  # at rates so low that nothing is learned
+    tried, best = found.tried, valley(found._rates, found._curve)
+    for ratio in RATIOS:
+        while len(tried) < MOST_RATES:
+            neighbours = (best, best * ratio, best / ratio)
+            for rate in neighbours:
+                if not any(math.isclose(rate, one, rel_tol=1e-6) for one in tried):
+                    tried[rate] = loss_at(rate)
+            known = [next(one for one in tried if math.isclose(rate, one, rel_tol=1e-6)) for rate in neighbours]
+            best, before = min(known, key=tried.__getitem__), best
+            if math.isclose(best, before, rel_tol=1e-6):
+                break
+    found.lr = best if tried[best] < untrained else None
+    if found.lr is None:
+        found.reason = found.reason or "no rate has made the loss lower than it is untrained"
+
+
+class _Rehearsed:
+    """Runs of `fit` at rates of one's own.
+
+    Args:
+        model: A `kerastorch.Model`.
+        data, y: What it is fitted on.
+        fit_options: How.
+    """
+
+    def __init__(self, model: Any, data: Any, y: Any, fit_options: dict[str, Any]) -> None:
+        self.model, self.data, self.y, self.fit_options = model, data, y, fit_options
+        self.all_names = [*model._compiled._makers]
+
+    def names_of(self, optimizer: str | None) -> list[str]:
+        """Optimizers to find a rate for.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if optimizer is None:
+            return self.all_names
+        if optimizer not in self.all_names:
+            known = ", ".join(map(repr, self.all_names)) if self.all_names != [""] else "one alone, without a name"
+            raise ValueError(
+                f"optimizer={optimizer!r} names no optimizer; there is {known}. Give one of these, or None."
+            )
+        return [optimizer]
+
+    def sweep(
+        self, name: str, rates: Sequence[float], smoothing: float, stop_factor: float | None
+    ) -> tuple[list[float], list[float]]:
+        """The rates up to where the smoothed loss diverges, and the loss before each one's step."""
+        losses = self._run(name, rates, lambda losses: end_of(smoothed(losses, smoothing), stop_factor))
+        return [*rates[: len(losses)]], losses
+
+    def loss_at(self, rate: float, steps: int, undo: Callable[[], None]) -> float:
+        """The mean loss of the last half of so many steps, or of an epoch, at one rate; infinite if it diverges."""
+        (name,) = self.all_names
+        losses = self._run(name, [rate] * steps, lambda losses: end_of(losses, None), epochs=1)
+        undo()
+        last = losses[len(losses) // 2 :]
+        return sum(last) / len(last) if last and all(map(math.isfinite, losses)) else math.inf
+
+    def _run(self, name: str, rates: Sequence[float], ends_at: Callable, epochs: int | None = None) -> list[float]:
+        without_schedules(self.model)
+        watch = _Steps(name, rates, ends_at)
+        # The optimizer that steps most often counts, and may do so many times as often as this one.
+        limits = {"epochs": epochs, "max_steps": len(rates) if len(self.all_names) == 1 else 100 * len(rates)}
+        fit_quietly(self.model, self.data, self.y, callbacks=[watch], **limits, **self.fit_options)
+        return watch.read()
+
+
+class _Steps(Callback):
+    """Takes each step of an optimizer at a rate of its own, and puts down the loss that the step was made from.
+
+    Args:
+        name: Of the optimizer.
+        rates: For each step, those of its first group; the others keep their ratios to it.
+        ends_at: Losses -> number of the one to end with; `None` = go on. Asked when losses are read, every few steps;
+            what has come after that one is left out.
+    """
+
+    def __init__(self, name: str, rates: Sequence[float], ends_at: Callable[[list[float]], int | None]) -> None:
+        self.name, self.rates, self.ends_at = name, rates, ends_at
+        self._losses: list[float] = []
+        self._taken: list[tuple] = []  # not yet read
+        self._heard: list[Tensor] = []  # losses of a step of the user's own, since the last one
+        self._is_over = False
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.model.updates[self.name].optimizer
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        first, *others = (float(group["lr"]) for group in self._optimizer.param_groups)
+        self._ratios = [1.0, *(other / first if first else 1.0 for other in others)]
+        self._is_own = self.model._overrides("train_step")
+
+    def on_before_backward(self, loss: Any) -> None:
+        if self._is_own:
+            self._heard.append(loss.detach())
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        step = len(self._losses) + len(self._taken)
+        if optimizer is self._optimizer and step < len(self.rates):
+            set_rates(optimizer, [self.rates[step] * ratio for ratio in self._ratios])
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        # After the step: what evaluates the loss within it has then told its loss, too.
+        heard, self._heard = self._heard, []
+        if optimizer is not self._optimizer or self._is_over:
+            return
+        tracker = self.model._training_tracker
+        taken = tracker.take()
+        if len(self.model.updates) > 1 or taken is None:  # the tracker has none of this optimizer's
+            samples = self.model._running.samples
+            total = torch.stack(heard).mean().to(tracker.dtype) * samples
+            taken = ((total, samples), *[(0.0, 0)] * len(tracker.means))
+        self._taken.append(taken)
+        self._is_over = len(self._losses) + len(self._taken) == len(self.rates)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if len(self._taken) >= READ_EVERY or self._is_over:
+            self.read()
+            self.model.stop_training = self._is_over
+
+    def read(self) -> list[float]:
+        """All losses so far, up to where it ends."""
+        taken, self._taken = self._taken, []
+        self._losses += self.model._training_tracker.losses_of(taken)
+        end = self.ends_at(self._losses)
+        if end is not None:
+            self._is_over, self._losses = True, self._losses[: end + 1]
+        return self._losses
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: Iterable[float]) -> None:
+    """Sets the rate of each parameter group."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)  # in place: a captured graph reads it from this very tensor
+        else:
+            group["lr"] = rate
+
+
+def apply_rate(update: Any, rate: float) -> None:
+    """Gives an optimizer, and the schedule of it, another rate; parameter groups keep their ratios."""
+    first, *others = (float(group["lr"]) for group in update.optimizer.param_groups)
+    rates = [rate, *(rate * other / first if first else rate for other in others)]
+    if update.schedule is None:
+        set_rates(update.optimizer, rates)
+    else:
+        update.schedule.rescale(rates)
+
+
+def _refuse_no_sweep(
+    min_lr: Any, max_lr: Any, steps: Any, mode: Any, smoothing: Any, stop_factor: Any, confirm: Any
+) -> None:
+    for name, rate in (("min_lr", min_lr), ("max_lr", max_lr)):
+        if not _is_number(rate) or not 0 < rate < math.inf:
+            raise ValueError(f"{name}={rate!r} is no learning rate. Give a number above 0.")
+    if min_lr >= max_lr:
+        raise ValueError(f"min_lr={min_lr:g} is not below max_lr={max_lr:g}. Give a lower min_lr or a higher max_lr.")
+    if not is_count(steps, least=2):
+        raise ValueError(f"steps={steps!r} is no number of steps. Give a whole number from 2 up, such as 100.")
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is not known. Give {' or '.join(map(repr, MODES))}.")
+    if not _is_number(smoothing) or not 0 <= smoothing < 1:
+        raise ValueError(
+            f"smoothing={smoothing!r} is no weight. Give a number from 0 (none) up to but not including 1."
+        )
+    if stop_factor is not None and (not _is_number(stop_factor) or stop_factor <= 1):
+        raise ValueError(
+            f"stop_factor={stop_factor!r} is no factor. Give a number above 1, or None to go on to max_lr."
+        )
+    if not isinstance(confirm, bool) and not is_count(confirm, least=2):
+        raise ValueError(f"confirm={confirm!r} is no number of steps. Give True, False or a whole number from 2 up.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
