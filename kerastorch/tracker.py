@@ -172,21 +172,19 @@ class Tracker:
         sums, self._sums = self._sums, None
         return sums
 
-    def losses_of(self, taken: Sequence[tuple[Sums, ...]]) -> list[float]:
+    def losses_of(self, taken: Sequence[tuple[Sums, ...] | None]) -> list[float]:
         """The mean loss of each `take`, of all processes, which must ask together: one read for all of them."""
-        pairs, number = [], len(taken[0]) - len(self.means) if taken else 0
-        for sums in taken:
-            pairs += sums[:number]
-        pairs, _ = self._of_all(tuple(pairs), {})
-        if not pairs:
+        if not taken:
             return []
-        totals = torch.stack([torch.as_tensor(total, dtype=self.dtype, device=self.ranks.device) for total, _ in pairs])
-        counts = torch.stack([torch.as_tensor(count, dtype=self.dtype, device=self.ranks.device) for _, count in pairs])
-        means = (totals / counts).reshape(len(taken), number)
+        number = len(self.loss.parts) if self._has_parts else 1
+        pairs = [pair for sums in taken for pair in (sums or [(0.0, 0)] * number)[:number]]
+        of_all = self.ranks.sum([value for pair in pairs for value in pair])
+        values = torch.stack([torch.as_tensor(one, dtype=self.dtype, device=self.ranks.device) for one in of_all])
+        means = (values[::2] / values[1::2]).reshape(len(taken), number)
         if self._has_parts:
             means = means * torch.tensor([*self.loss.weights.values()], dtype=self.dtype, device=means.device)
         self.ranks.cut()
-        return means.sum(1).tolist()
+        return self.ranks.announce(means.sum(1).tolist())
 
     def state_dict(self) -> dict[str, Any]:
         """All that was taken in since `reset`, as it is kept: tensors and plain data."""

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from ..callbacks.base import Callback
-from ..checks import is_count
+from ..checks import is_count, size_at
+from ..data import open_data
 from .curve import METHODS, end_of, smoothed, trimmed, valley, why_silent
 from .rehearsal import fit_quietly, rehearsing, without_schedules
 
 READ_EVERY = 10  # steps between two reads of losses from the device
-CONFIRMING_STEPS = 100  # of a run that confirms a rate; fewer favour rates that are too high or too low, by problem
+MOST_STEPS = 100  # of a run that confirms a rate; fewer favour rates that are too high or too low, by problem
+LEAST_STEPS = 30  # where an epoch has fewer
 MOST_RATES = 10  # confirmed, before the search is content with what it has
 RATIOS = (10 ** (1 / 2), 10 ** (1 / 4), 10 ** (1 / 8))  # between rates compared; the last is how exact a rate can be
 AS_GOOD = 1.1  # times the lowest loss: rates of the range that is shown
@@ -147,8 +149,8 @@ def find_lr(
     _refuse_no_sweep(min_lr, max_lr, steps, mode, smoothing, stop_factor, confirm)
     if hasattr(data, "__next__"):
         raise TypeError(
-            f"data is a {type(data).__name__}, which can be gone through once, and each run goes through it again. Give "
-            f"a callable that makes a new one."
+            f"data is a {type(data).__name__}, which can be gone through once, and each run goes through it again. "
+            f"Give a callable that makes a new one."
         )
     fit = _Rehearsed(model, data, y, fit_options)
     with rehearsing(model, data) as undo:
@@ -160,7 +162,7 @@ def find_lr(
             undo()
             found[name] = LearningRate(lrs, losses, smoothing, steps, name)
             if confirm and len(fit.all_names) == 1:  # losses of networks that play against each other do not compare
-                run_steps = CONFIRMING_STEPS if confirm is True else confirm
+                run_steps = fit.confirming_steps if confirm is True else confirm
                 _confirm(found[name], lambda rate: fit.loss_at(rate, run_steps, undo))  # noqa: B023
     return found[""] if [*found] == [""] else found[optimizer] if optimizer is not None else found
 
@@ -210,6 +212,13 @@ class _Rehearsed:
     def __init__(self, model: Any, data: Any, y: Any, fit_options: dict[str, Any]) -> None:
         self.model, self.data, self.y, self.fit_options = model, data, y, fit_options
         self.all_names = [*model._compiled._makers]
+        data = open_data(data, y, fit_options["sample_weight"], model._reading(fit_options["batch_size"]))
+        self._epoch_steps = data.steps and -(-data.steps // size_at(fit_options["accumulate"], 0))
+
+    @property
+    def confirming_steps(self) -> int:
+        """Steps of a run that confirms a rate: an epoch where it is neither very long nor very short."""
+        return min(max(self._epoch_steps or MOST_STEPS, LEAST_STEPS), MOST_STEPS)
 
     def names_of(self, optimizer: str | None) -> list[str]:
         """Optimizers to find a rate for.
@@ -234,18 +243,18 @@ class _Rehearsed:
         return [*rates[: len(losses)]], losses
 
     def loss_at(self, rate: float, steps: int, undo: Callable[[], None]) -> float:
-        """The mean loss of the last half of so many steps, or of an epoch, at one rate; infinite if it diverges."""
+        """The mean loss of the last half of so many steps, at one rate; infinite if it diverges."""
         (name,) = self.all_names
-        losses = self._run(name, [rate] * steps, lambda losses: end_of(losses, None), epochs=1)
+        losses = self._run(name, [rate] * steps, lambda losses: end_of(losses, None))
         undo()
         last = losses[len(losses) // 2 :]
         return sum(last) / len(last) if last and all(map(math.isfinite, losses)) else math.inf
 
-    def _run(self, name: str, rates: Sequence[float], ends_at: Callable, epochs: int | None = None) -> list[float]:
+    def _run(self, name: str, rates: Sequence[float], ends_at: Callable) -> list[float]:
         without_schedules(self.model)
         watch = _Steps(name, rates, ends_at)
         # The optimizer that steps most often counts, and may do so many times as often as this one.
-        limits = {"epochs": epochs, "max_steps": len(rates) if len(self.all_names) == 1 else 100 * len(rates)}
+        limits = {"epochs": None, "max_steps": len(rates) if len(self.all_names) == 1 else 100 * len(rates)}
         fit_quietly(self.model, self.data, self.y, callbacks=[watch], **limits, **self.fit_options)
         return watch.read()
 
@@ -292,10 +301,9 @@ class _Steps(Callback):
             return
         tracker = self.model._training_tracker
         taken = tracker.take()
-        if len(self.model.updates) > 1 or taken is None:  # the tracker has none of this optimizer's
+        if heard and (len(self.model.updates) > 1 or taken is None):  # the tracker has none of this optimizer's
             samples = self.model._running.samples
-            total = torch.stack(heard).mean().to(tracker.dtype) * samples
-            taken = ((total, samples), *[(0.0, 0)] * len(tracker.means))
+            taken = ((torch.stack(heard).mean().to(tracker.dtype) * samples, samples),)
         self._taken.append(taken)
         self._is_over = len(self._losses) + len(self._taken) == len(self.rates)
 
