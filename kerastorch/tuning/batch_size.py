@@ -154,11 +154,6 @@ def find_batch_size(
         most, batch = _look_at(model, data, y, fit_options)
         free_memory(model.backend.device)
         search = Search(model, (data, y), fit_options, steps_per_trial, _budgets(model.backend, memory), undo)
-        if mode == "predict" and search.budget is None:
-            raise ValueError(
-                f"mode='predict' needs to know how much memory there is, which a {model.backend.device.type} device "
-                f"does not tell. Give memory=, such as '16GB', or mode='binsearch'."
-            )
         forecast = search.forecast_from(batch)
         undo()
         search.warm_up(most)
@@ -192,6 +187,11 @@ def _budgets(backend: Any, memory: int | None) -> list[int] | None:
     """What each process may take; `None` = not known."""
     here = 1 if backend.world == 1 else int(os.environ.get("LOCAL_WORLD_SIZE", backend.world))
     free = free_bytes(backend.device, here)
+    if free is None and memory is not None:
+        raise ValueError(
+            f"memory={in_words(memory)} was given, but nobody can measure what a {backend.device.type} device has in "
+            f"use. Leave it out: what does not fit is found by its error."
+        )
     known = [one for one in (memory, free) if one is not None]
     budgets = backend.collect(min(known, default=None), "a search for a batch size")
     return None if None in budgets else budgets
@@ -248,7 +248,7 @@ def predict(known: Bracket) -> int | None:
     if known.is_narrow or (not low and known.high is not None):
         return None if low else (known.high // 2 or None)
     if forecast.part_at(top) is None:
-        return min(max(2 * low, known.init), top)
+        return binsearch(known)
     if not low:
         certain = forecast.largest_within(SURE, top)
         return top if certain == top else max(forecast.largest_within(FIRST, top), min(known.init, top))
