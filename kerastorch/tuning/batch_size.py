@@ -149,6 +149,11 @@ def find_batch_size(
         raise ValueError(
             f"margin={margin!r} is no part of a batch size. Give a number from 0 up to but not including 1."
         )
+    if fit_options.get("microbatch") == "auto":
+        raise ValueError(
+            "microbatch='auto' cuts batches until they fit, so that there is no largest one. Give one of the two: a "
+            "batch_size, or microbatch=None."
+        )
     memory = as_bytes(memory)
     with rehearsing(model, data, on_host=True) as undo:
         most, batch = _look_at(model, data, y, fit_options)
