@@ -858,7 +858,7 @@ class Model:
         if saved.get("optimizers"):
             self._refuse_uncompiled("load")
         restore(self, saved, repr(str(path)))
-        self._finds_lr = False
+        self._finds_lr &= self.is_dry_run  # else the rate is that of the file
         return self
 
     def export(
