@@ -17,7 +17,6 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
-    RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
     TensorDataset,
@@ -314,7 +313,7 @@ FORMS = {
     "DataLoader of a dataset": lambda: (loader(Rows(), shuffle=True, generator=torch.Generator().manual_seed(3)),),
     "DataLoader of a stream": lambda: (loader(Stream()),),
     "DataLoader with a sampler": lambda: (loader(sampler=WeightedRandomSampler(torch.ones(300), 300)),),
-    "DataLoader that collates": lambda: (loader(collate_fn=lambda samples: tuple(map(torch.stack, zip(*samples)))),),
+    "DataLoader that collates": lambda: (loader(collate_fn=lambda rows: [torch.stack(one) for one in zip(*rows, strict=True)]),),
     "DataLoader that drops": lambda: (loader(drop_last=True),),
 }  # fmt: skip
 
