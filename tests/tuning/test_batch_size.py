@@ -85,6 +85,10 @@ class FullSGD(torch.optim.SGD):
         return super().step(closure)
 
 
+def stacking_collate(samples: list) -> list[Tensor]:
+    return [torch.stack(one) for one in zip(*samples, strict=True)]
+
+
 def full_collate(samples: list) -> list[Tensor]:
     if len(samples) > 70:
         raise RuntimeError(CPU_WORDS)
@@ -313,7 +317,7 @@ FORMS = {
     "DataLoader of a dataset": lambda: (loader(Rows(), shuffle=True, generator=torch.Generator().manual_seed(3)),),
     "DataLoader of a stream": lambda: (loader(Stream()),),
     "DataLoader with a sampler": lambda: (loader(sampler=WeightedRandomSampler(torch.ones(300), 300)),),
-    "DataLoader that collates": lambda: (loader(collate_fn=lambda rows: [torch.stack(one) for one in zip(*rows, strict=True)]),),
+    "DataLoader that collates": lambda: (loader(collate_fn=stacking_collate),),
     "DataLoader that drops": lambda: (loader(drop_last=True),),
 }  # fmt: skip
 
