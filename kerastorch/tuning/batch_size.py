@@ -26,7 +26,7 @@ from .rehearsal import fit_quietly, rehearsing, synchronize, without_schedules
 NEAR_BEST = 0.97  # of the best throughput: as good, for all that three steps can tell
 FIRST, SURE = 0.4, 0.7  # of the memory there is, by a forecast for which nothing was measured yet
 GROWTH = 8  # at most so many times what was tried, where that took too little to tell how it goes on
-MOST = 2**24  # samples in a batch, of data that does not tell how many it has
+MOST = 2**20  # samples in a batch, of data that does not tell how many it has; torch counts them out one by one
 OUT = "out of memory"
 
 
@@ -142,7 +142,7 @@ def find_batch_size(
     **fit_options: Any,
 ) -> BatchSize:
     """What `Model.find_batch_size` returns; see there."""
-    if mode not in STRATEGIES:
+    if mode not in [*STRATEGIES]:
         raise ValueError(f"mode={mode!r} is not known. Give {', '.join(map(repr, STRATEGIES))}.")
     refuse_nonpositive(steps_per_trial=steps_per_trial, max_trials=max_trials, init=init)
     if not isinstance(margin, Real) or isinstance(margin, bool) or not 0 <= margin < 1:
@@ -177,10 +177,10 @@ def _look_at(model: Any, data: Any, y: Any, fit_options: dict[str, Any]) -> tupl
     sample_weight = fit_options.get("sample_weight")
     singles = with_batches_of(data, 1)
     opened = open_data(singles, y, sample_weight, model._reading(None if singles is not data else 1))
-    if opened.steps == 1:
+    (first, *others), opened = first_batches(opened, 2)
+    if not others:
         raise ValueError("the data has one sample, so there are no batch sizes to choose from. Give more data.")
-    opened = model._with_optimizer(opened)
-    (first, *_), _ = first_batches(opened, 1)
+    model._with_optimizer(opened)
     return opened.steps or MOST, first[:3]
 
 
@@ -373,7 +373,7 @@ class Search:
         """A short run of this process, which takes so many rows of its batches; and what it failed with else."""
         device, options, watch = self.model.backend.device, dict(self.fit_options), _Watch(rows)
         data, y = with_batches_of(self.source[0], size), self.source[1]
-        validated = data if y is None else (data, y)
+        validated = data if y is None or isinstance(y, str) else (data, y)
         if not self.model._overrides("train_step") or self.model._overrides("compute_loss"):
             options |= {"validation_data": validated, "validation_steps": 1}
         if data is self.source[0]:
