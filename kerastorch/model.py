@@ -1167,8 +1167,8 @@ class Model:
         if validation_source[0] is None:
             return training, None
         may_enlarge = not _hears_batches(callbacks, "test")
-        options = {"fallback_batch_size": reading.batch_size, "may_enlarge": may_enlarge}
-        validation = open_data(*validation_source, self._reading(batch_size, **options))
+        options = {"fallback_batch_size": reading.batch_size or reading.fallback_batch_size}
+        validation = open_data(*validation_source, self._reading(batch_size, may_enlarge=may_enlarge, **options))
         checks.refuse_unlike(training.targets, validation.targets)
         return training, validation
 

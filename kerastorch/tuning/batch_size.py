@@ -25,7 +25,7 @@ from .rehearsal import fit_quietly, rehearsing, synchronize, without_schedules
 
 NEAR_BEST = 0.97  # of the best throughput: as good, for all that three steps can tell
 FIRST, SURE = 0.4, 0.7  # of the memory there is, by a forecast for which nothing was measured yet
-GROWTH = 8  # at most so many times what was tried, where that took too little to tell how it goes on
+GROWTH = 4  # at most so many times what was tried, where that took too little to tell how it goes on
 MOST = 2**20  # samples in a batch, of data that does not tell how many it has; torch counts them out one by one
 OUT = "out of memory"
 
@@ -157,12 +157,12 @@ def find_batch_size(
     memory = as_bytes(memory)
     with rehearsing(model, data, on_host=True) as undo:
         most, batch = _look_at(model, data, y, fit_options)
-        free_memory(model.backend.device)
         search = Search(model, (data, y), fit_options, steps_per_trial, _budgets(model.backend, memory), undo)
         forecast = search.forecast_from(batch)
         undo()
         search.warm_up(most)
         trials = search.run(STRATEGIES[mode], Bracket(most, init, margin, forecast), max_trials)
+    free_memory(model.backend.device)
     result = BatchSize(max(one.size for one in trials if one.fits))
     result.trials, result.per_rank, result.budget_bytes = (
         tuple(trials),
@@ -390,7 +390,6 @@ class Search:
                 reason = OUT if error is None else str(error)
             # No name keeps the error any more, nor with its traceback the tensors of the step.
             self.undo()
-        free_memory(device)
         part = taken.bytes / self.own_budget if self.own_budget else 0.0
         found = _Found(taken.bytes, part, watch.fastest_s, watch.rows / rows, reason, error is not None)
         return found, error

@@ -41,9 +41,8 @@ class Forecast:
 
     @property
     def is_vague(self) -> bool:
-        """Whether all it knows are trials too small to tell how it goes on."""
-        taken = [self._known[size] for size in sorted(self._known)]
-        return self._traced is None and taken[-1] - taken[0] < NOISE
+        """Whether its trials, without a trace, took too little to tell how it goes on."""
+        return self._traced is None and sum(part >= NOISE for part in self._known.values()) < 2
 
     def learn(self, size: int, part: float) -> None:
         """Takes in what a trial has really taken."""

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,9 @@ class Full(nn.Module):
         return self.layer(x)
 
 
-def model_of(backend, module: nn.Module) -> kt.Model:
+def model_of(backend, make: Callable[[], nn.Module]) -> kt.Model:
     kt.set_seed(0)
-    return kt.Model(module, backend=backend).compile("adam", "mse", lr=0.1)
+    return kt.Model(make(), backend=backend).compile("adam", "mse", lr=0.1)
 
 
 def weights(model: kt.Model) -> list:
@@ -42,13 +43,12 @@ def weights(model: kt.Model) -> list:
 
 
 def less_memory() -> dict:
-    model_of(DDP(timeout_s=30), nn.Linear(4, 1)).fit(X, Y, verbose=0)  # the first run of ranks has an order of its own
-    model = model_of(DDP(timeout_s=30), Full(torch.OutOfMemoryError("out of memory")))
+    model = model_of(DDP(timeout_s=30), lambda: Full(torch.OutOfMemoryError("out of memory")))
     before = weights(model)
     found = model.find_batch_size(X, Y, mode="binsearch", margin=0)
     same = before == weights(model)
     steps = model.fit(X, Y, epochs=2, verbose=0).params["steps"]
-    alone = model_of(DDP(timeout_s=30), Full(torch.OutOfMemoryError("out of memory")))
+    alone = model_of(DDP(timeout_s=30), lambda: Full(torch.OutOfMemoryError("out of memory")))
     alone.fit(X, Y, epochs=2, batch_size=int(found), verbose=0)
     return {
         "found": int(found),
@@ -62,7 +62,7 @@ def less_memory() -> dict:
 
 
 def fails_alone() -> dict:
-    model = model_of(DDP(timeout_s=30), Full(ValueError("rank 1 is not well")))
+    model = model_of(DDP(timeout_s=30), lambda: Full(ValueError("rank 1 is not well")))
     before, began = weights(model), time.monotonic()
     try:
         model.find_batch_size(X, Y, mode="power")
@@ -76,7 +76,7 @@ def other_budgets() -> dict:
     wide = nn.Sequential(nn.Linear(4, 5000), nn.Tanh(), nn.Linear(5000, 1))
     found = {}
     for mode in ("predict", "binsearch"):
-        model = model_of(DDP(timeout_s=30), wide)
+        model = model_of(DDP(timeout_s=30), lambda: wide)
         memory = (200_000_000, 5_000_000)[RANK]
         result = model.find_batch_size(X, Y, mode=mode, memory=memory, apply=False)
         found[mode] = [int(result), result.budget_bytes, [[one.size, one.fits] for one in result.trials]]
@@ -85,7 +85,7 @@ def other_budgets() -> dict:
 
 def sharded() -> dict:
     wide = nn.Sequential(nn.Linear(4, 5000), nn.Tanh(), nn.Linear(5000, 1))
-    model = model_of(FSDP(wrap=nn.Linear, timeout_s=30), wide)
+    model = model_of(FSDP(wrap=nn.Linear, timeout_s=30), lambda: wide)
     before = weights(model)
     found = model.find_batch_size(X, Y, memory="10MB")
     same = before == weights(model)

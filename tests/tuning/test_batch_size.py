@@ -475,7 +475,6 @@ def test_the_next_fit_takes_what_was_found() -> None:
     assert steps_of(model, Rows()) == 5 and steps_of(model, X, Y, batch_size=30) == 10
 
 
-@pytest.mark.xfail(strict=True, reason="Model._open gives a validation only the batch size that fit was given")
 @pytest.mark.parametrize("validation", [lambda: {"validation_data": Rows()}, lambda: {"validation_split": 0.5}])
 def test_a_validation_takes_it_too(validation) -> None:
     model = model_of(Full())
