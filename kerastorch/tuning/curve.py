@@ -11,6 +11,7 @@ import numpy as np
 
 LEFT_OUT = 0.1  # of the steps, at the beginning, where the smoothing has not warmed up; fastai's
 LAST = 5  # points, where it diverges; fastai's
+ROUNDING = 1e-6  # of a loss, in float32 and in its average
 
 
 def smoothed(losses: Sequence[float], beta: float) -> list[float]:
@@ -56,6 +57,7 @@ def why_silent(losses: Sequence[float], curve: np.ndarray, steps: int, has_diver
         return f"the loss diverged at once, after {len(losses)} of {steps} steps: give a lower min_lr"
     steps_between = np.diff(np.asarray(losses, dtype=float))
     noise = float(np.median(np.abs(steps_between[np.isfinite(steps_between)])))  # of one loss beside the next
+    noise = max(noise, ROUNDING * abs(curve[0]))
     if curve[0] - curve.min() <= noise:
         is_rising = curve[-1] - curve.min() > noise
         return "the loss rises at once: give a lower min_lr" if is_rising else "the loss falls by less than its noise"
