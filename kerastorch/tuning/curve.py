@@ -94,7 +94,7 @@ def valley(lrs: np.ndarray, curve: np.ndarray) -> float:
     longest = int(lengths.argmax())
     start = longest - int(lengths[longest]) if longest else 0
     third = (longest - start) / 3
-    return float(lrs[start + int(third) + int(third / 2)])
+    return float(lrs[max(start + int(third) + int(third / 2), 0)])  # a descent of two points would begin before them
 
 
 def slide(lrs: np.ndarray, curve: np.ndarray, width: int = 15, threshold: float = 0.005) -> float:

@@ -273,7 +273,8 @@ class _Steps(Callback):
         self.name, self.rates, self.ends_at = name, rates, ends_at
         self._losses: list[float] = []
         self._taken: list[tuple] = []  # not yet read
-        self._heard: list[Tensor] = []  # losses of a step of the user's own, since the last one
+        self._heard: dict[int, list[tuple]] = {}  # turn in a step of the user's own -> sums of losses since its last
+        self._turns: dict[Any, int] = {}  # of each optimizer
         self._is_over = False
 
     @property
@@ -285,9 +286,18 @@ class _Steps(Callback):
         self._ratios = [1.0, *(other / first if first else 1.0 for other in others)]
         self._is_own = self.model._overrides("train_step")
 
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._calls_before, self._is_within = self._calls, True
+
+    @property
+    def _calls(self) -> int:
+        return self.model._own_step._calls if self._is_own else 0
+
     def on_before_backward(self, loss: Any) -> None:
         if self._is_own:
-            self._heard.append(loss.detach())
+            samples = self.model._running.samples
+            total = loss.detach().to(self.model._training_tracker.dtype) * samples
+            self._heard.setdefault(self._calls - self._calls_before, []).append((total, samples))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         step = len(self._losses) + len(self._taken)
@@ -296,18 +306,20 @@ class _Steps(Callback):
 
     def on_before_zero_grad(self, optimizer: Any) -> None:
         # After the step: what evaluates the loss within it has then told its loss, too.
-        heard, self._heard = self._heard, []
+        if self._is_within:  # else it is what an epoch has left of a window
+            self._turns[optimizer] = self._calls - self._calls_before - 1
+        heard = self._heard.pop(self._turns.get(optimizer, 0), [])
         if optimizer is not self._optimizer or self._is_over:
             return
         tracker = self.model._training_tracker
         taken = tracker.take()
         if heard and (len(self.model.updates) > 1 or taken is None):  # the tracker has none of this optimizer's
-            samples = self.model._running.samples
-            taken = ((torch.stack(heard).mean().to(tracker.dtype) * samples, samples),)
+            taken = (tuple(map(sum, zip(*heard, strict=True))),)
         self._taken.append(taken)
         self._is_over = len(self._losses) + len(self._taken) == len(self.rates)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._is_within = False
         if len(self._taken) >= READ_EVERY or self._is_over:
             self.read()
             self.model.stop_training = self._is_over

@@ -73,6 +73,11 @@ def test_the_longest_descent_of_a_line_has_its_middle_in_the_middle():
     assert curve.valley(RATES[:50], np.arange(50.0, 0.0, -1.0)) == RATES[-1 + 16 + 8]
 
 
+def test_a_descent_of_two_points_at_the_beginning_is_not_at_the_end():
+    """There fastai's indices are below 0, and count from the end."""
+    assert curve.valley(RATES[:5], np.array([3.0, 2.0, 4.0, 5.0, 6.0])) == RATES[0]
+
+
 def test_a_valley_goes_by_the_order_of_losses_alone():
     losses = noisy(3)
     assert curve.valley(RATES[:40], losses) == curve.valley(RATES[:40], np.exp(losses))
@@ -96,7 +101,7 @@ def test_a_valley_is_in_the_middle_of_the_longest_of_all_descents(seed):
     length, end = longest_descent(losses.tolist())
     start = end - length if end else 0
     third = (end - start) / 3
-    assert curve.valley(RATES[:11], losses) == RATES[start + int(third) + int(third / 2)]
+    assert curve.valley(RATES[:11], losses) == RATES[max(start + int(third) + int(third / 2), 0)]
 
 
 def fastai_valley(rates, losses):
