@@ -39,7 +39,7 @@ def end_of(curve: Sequence[float], factor: float | None) -> int | None:
 
 def trimmed(lrs: Sequence[float], curve: Sequence[float], steps: int) -> tuple[np.ndarray, np.ndarray]:
     """The curve of a test of so many steps without its ends and what is not finite."""
-    first, end = int(LEFT_OUT * steps), len(curve) - LAST
+    first, end = int(LEFT_OUT * steps), max(len(curve) - LAST, 0)
     rates, kept = np.asarray(lrs, dtype=float)[first:end], np.asarray(curve, dtype=float)[first:end]
     return rates[np.isfinite(kept)], kept[np.isfinite(kept)]
 
@@ -53,6 +53,8 @@ def why_silent(losses: Sequence[float], curve: np.ndarray, steps: int, has_diver
         steps: Of the test.
         has_diverged: Whether it ended before them.
     """
+    if len(curve) < LAST and not has_diverged:
+        return f"{steps} steps are too few: give more"
     if len(curve) < LAST:
         return f"the loss diverged at once, after {len(losses)} of {steps} steps: give a lower min_lr"
     steps_between = np.diff(np.asarray(losses, dtype=float))

@@ -58,6 +58,11 @@ def test_a_tenth_of_the_beginning_and_five_points_of_the_end_are_left_out():
     assert rates.tolist() == RATES[10:55].tolist() and kept.tolist() == losses[10:55]
 
 
+def test_nothing_is_left_of_few_points():
+    for points in range(6):
+        assert all(len(kept) == max(points - 5, 0) for kept in curve.trimmed(RATES[:points], [1.0] * points, 7))
+
+
 def test_what_is_not_finite_is_left_out_with_its_rate():
     losses = [1.0] * 20 + [math.nan] + [1.0] * 20
     rates, kept = curve.trimmed(RATES[:41], losses, 41)
