@@ -327,7 +327,12 @@ class _Steps(Callback):
     def read(self) -> list[float]:
         """All losses so far, up to where it ends."""
         taken, self._taken = self._taken, []
-        self._losses += self.model._training_tracker.losses_of(taken)
+        losses = self.model._training_tracker.losses_of(taken)
+        # A step without a loss, on targets that are all masked, has that of its neighbour.
+        last = next((loss for loss in (*self._losses[-1:], *losses) if loss is not None), math.nan)
+        for loss in losses:
+            last = last if loss is None else loss
+            self._losses.append(last)
         end = self.ends_at(self._losses)
         if end is not None:
             self._is_over, self._losses = True, self._losses[: end + 1]

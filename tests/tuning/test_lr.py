@@ -183,6 +183,17 @@ def test_masked_targets_count_for_nothing(classifier, digits, accumulate):
     assert found.losses == very_closely(expected)
 
 
+def test_a_batch_of_which_all_is_masked_ends_nothing(classifier, digits):
+    x, y = digits[0], digits[1].clone()
+    y[:20], y[80:100] = MASKED, MASKED
+    found = found_by(compiled(classifier), x, y)
+    rates = [rate for step, rate in enumerate(rates_of()) if step % 8 not in (0, 4)]
+    windows = [window for number, window in enumerate(in_windows(x, y)) if number not in (0, 4)]
+    losses = sweep(classifier, windows, rates, factor=None)
+    assert [loss for step, loss in enumerate(found.losses) if step % 8 not in (0, 4)] == closely(losses)
+    assert len(found.losses) == 100 and found.losses[4] == found.losses[3] and found.losses[0] == found.losses[1]
+
+
 class Heads(nn.Module):
     def __init__(self):
         super().__init__()
