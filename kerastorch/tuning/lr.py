@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..callbacks.base import Callback
-from ..checks import is_count, size_at
+from ..checks import is_count, refuse_accumulation, size_at
 from ..data import open_data
 from .curve import METHODS, end_of, smoothed, trimmed, valley, why_silent
 from .rehearsal import fit_quietly, rehearsing, without_schedules
@@ -211,9 +211,11 @@ class _Rehearsed:
 
     def __init__(self, model: Any, data: Any, y: Any, fit_options: dict[str, Any]) -> None:
         self.model, self.data, self.y, self.fit_options = model, data, y, fit_options
+        accumulate, tbptt_steps = fit_options["accumulate"], model._compiled.tbptt_steps
+        refuse_accumulation(accumulate, fit_options["microbatch"], tbptt_steps, model._overrides("train_step"))
         self.all_names = [*model._compiled._makers]
         data = open_data(data, y, fit_options["sample_weight"], model._reading(fit_options["batch_size"]))
-        self._epoch_steps = data.steps and -(-data.steps // size_at(fit_options["accumulate"], 0))
+        self._epoch_steps = data.steps and -(-data.steps // size_at(accumulate, 0))
 
     @property
     def confirming_steps(self) -> int:

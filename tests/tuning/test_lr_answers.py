@@ -20,8 +20,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import kerastorch as kt
 from tests import reference
 
-QUICK = {"confirm": False, "steps": 30, "batch_size": 20}
-
 
 def compiled(net, optimizer="sgd", loss="cross_entropy", kind=kt.Model, **options):
     return kind(copy.deepcopy(net), backend="cpu").compile(optimizer, loss, **options)
@@ -228,8 +226,9 @@ def assert_equal(one, other):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("begun", [False, True], ids=["at first", "after a fit"])
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    ("name", "begun"), [*((name, True) for name in COMPILED), ("sgd", False), ("one cycle", False), ("half", False)]
+)
 def test_fit_after_a_search_is_fit_alone(digits, name, begun):
     ends = []
     for searches in (False, True):
@@ -327,7 +326,9 @@ def test_the_rate_is_the_peak_of_a_schedule(digits, begun):
 def test_auto_finds_a_rate_at_the_next_fit_once(digits, tmp_path, monkeypatch):
     calls = []
     search = kt.Model.find_lr
-    monkeypatch.setattr(kt.Model, "find_lr", lambda self, *args, **named: calls.append(1) or search(self, *args, **named))
+    monkeypatch.setattr(
+        kt.Model, "find_lr", lambda self, *args, **named: calls.append(1) or search(self, *args, **named)
+    )
     net = Noisy()
     expected = compiled(net).find_lr(*digits, batch_size=30)
     model = compiled(net, lr="auto")
@@ -385,7 +386,7 @@ def test_where_no_rate_learns_there_is_no_answer_and_the_rate_stays(digits, conf
     for x in (digits[0], torch.zeros_like(digits[0])):
         model = compiled(Deaf(), lr=0.03)
         with pytest.warns(UserWarning, match="find_lr has no answer: .* The rate stays as it was"):
-            found = model.find_lr(x, digits[1], confirm=confirm)
+            found = model.find_lr(x, digits[1], confirm=confirm, steps=50)
         assert found.lr is None and found.reason and found.range is None
         assert all(found.suggestion(method) is None for method in (None, *kt.tuning.curve.METHODS))
         assert rates(model) == [0.03]
@@ -441,7 +442,9 @@ def test_a_result_says_what_it_has_found(result):
 
 
 def test_a_method_that_is_not_known_is_refused(result):
-    with pytest.raises(ValueError, match="method='x' is not known. Give 'steepest', 'valley', 'minimum', 'slide', or N"):
+    with pytest.raises(
+        ValueError, match="method='x' is not known. Give 'steepest', 'valley', 'minimum', 'slide', or N"
+    ):
         result.suggestion("x")
 
 
@@ -476,7 +479,7 @@ def loss_after(net, data, rate, steps, optimizer="sgd", **options):
     return sum(last) / len(last) if all(map(math.isfinite, losses)) else math.inf
 
 
-@pytest.mark.parametrize("confirm", [True, 30, 7])
+@pytest.mark.parametrize("confirm", [True, 7])
 def test_a_run_that_confirms_is_a_fit_from_the_same_start_with_the_same_random_numbers(digits, confirm):
     net = Noisy()
     kt.set_seed(4)
@@ -485,7 +488,9 @@ def test_a_run_that_confirms_is_a_fit_from_the_same_start_with_the_same_random_n
     for rate, loss in found.tried.items():
         kt.set_seed(4)
         # An epoch has 8 steps, which are fewer than 30.
-        assert loss_after(net, digits, rate, 30 if confirm is True else confirm, "adam") == pytest.approx(loss, rel=1e-5)
+        assert loss_after(net, digits, rate, 30 if confirm is True else confirm, "adam") == pytest.approx(
+            loss, rel=1e-5
+        )
 
 
 def test_an_epoch_confirms_where_it_is_neither_long_nor_short(classifier, digits, monkeypatch):
@@ -577,6 +582,15 @@ def test_data_that_can_be_gone_through_once_is_refused(classifier, digits):
 def test_a_model_that_is_not_compiled_is_refused(classifier, digits):
     with pytest.raises(RuntimeError, match="find_lr"):
         kt.Model(classifier, backend="cpu").find_lr(*digits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"accumulate": 0}, "accumulate=0"), ({"batch_size": -1}, "batch_size=-1"), ({"microbatch": 0}, "microbatch=0")],
+)
+def test_what_fit_refuses_is_refused(classifier, digits, options, message):
+    with pytest.raises(ValueError, match=message):
+        compiled(classifier).find_lr(*digits, **options)
 
 
 def test_what_fit_says_of_data_comes_through(classifier, digits):
