@@ -172,19 +172,24 @@ class Tracker:
         sums, self._sums = self._sums, None
         return sums
 
-    def losses_of(self, taken: Sequence[tuple[Sums, ...] | None]) -> list[float]:
-        """The mean loss of each `take`, of all processes, which must ask together: one read for all of them."""
+    def losses_of(self, taken: Sequence[tuple[Sums, ...] | None]) -> list[float | None]:
+        """The mean loss of each `take`, of all processes, which must ask together: one read for all of them.
+
+        `None` = it is of nothing, say of targets that are all masked.
+        """
         if not taken:
             return []
         number = len(self.loss.parts) if self._has_parts else 1
         pairs = [pair for sums in taken for pair in (sums or [(0.0, 0)] * number)[:number]]
         of_all = self.ranks.sum([value for pair in pairs for value in pair])
         values = torch.stack([torch.as_tensor(one, dtype=self.dtype, device=self.ranks.device) for one in of_all])
-        means = (values[::2] / values[1::2]).reshape(len(taken), number)
+        counts = values[1::2].reshape(len(taken), number)
+        means = values[::2].reshape(len(taken), number) / counts
         if self._has_parts:
             means = means * torch.tensor([*self.loss.weights.values()], dtype=self.dtype, device=means.device)
         self.ranks.cut()
-        return self.ranks.announce(means.sum(1).tolist())
+        read = torch.stack([means.sum(1), counts.amin(1)], 1).tolist()
+        return self.ranks.announce([mean if count else None for mean, count in read])
 
     def state_dict(self) -> dict[str, Any]:
         """All that was taken in since `reset`, as it is kept: tensors and plain data."""

@@ -11,6 +11,7 @@ import numpy as np
 
 LEFT_OUT = 0.1  # of the steps, at the beginning, where the smoothing has not warmed up; fastai's
 LAST = 5  # points, where it diverges; fastai's
+ROUNDING = 1e-6  # of a loss, in float32 and in its average
 
 
 def smoothed(losses: Sequence[float], beta: float) -> list[float]:
@@ -38,7 +39,7 @@ def end_of(curve: Sequence[float], factor: float | None) -> int | None:
 
 def trimmed(lrs: Sequence[float], curve: Sequence[float], steps: int) -> tuple[np.ndarray, np.ndarray]:
     """The curve of a test of so many steps without its ends and what is not finite."""
-    first, end = int(LEFT_OUT * steps), len(curve) - LAST
+    first, end = int(LEFT_OUT * steps), max(len(curve) - LAST, 0)
     rates, kept = np.asarray(lrs, dtype=float)[first:end], np.asarray(curve, dtype=float)[first:end]
     return rates[np.isfinite(kept)], kept[np.isfinite(kept)]
 
@@ -52,10 +53,13 @@ def why_silent(losses: Sequence[float], curve: np.ndarray, steps: int, has_diver
         steps: Of the test.
         has_diverged: Whether it ended before them.
     """
+    if len(curve) < LAST and not has_diverged:
+        return f"{steps} steps are too few: give more"
     if len(curve) < LAST:
         return f"the loss diverged at once, after {len(losses)} of {steps} steps: give a lower min_lr"
     steps_between = np.diff(np.asarray(losses, dtype=float))
     noise = float(np.median(np.abs(steps_between[np.isfinite(steps_between)])))  # of one loss beside the next
+    noise = max(noise, ROUNDING * abs(curve[0]))
     if curve[0] - curve.min() <= noise:
         is_rising = curve[-1] - curve.min() > noise
         return "the loss rises at once: give a lower min_lr" if is_rising else "the loss falls by less than its noise"
@@ -92,7 +96,7 @@ def valley(lrs: np.ndarray, curve: np.ndarray) -> float:
     longest = int(lengths.argmax())
     start = longest - int(lengths[longest]) if longest else 0
     third = (longest - start) / 3
-    return float(lrs[start + int(third) + int(third / 2)])
+    return float(lrs[max(start + int(third) + int(third / 2), 0)])  # a descent of two points would begin before them
 
 
 def slide(lrs: np.ndarray, curve: np.ndarray, width: int = 15, threshold: float = 0.005) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..callbacks.base import Callback
-from ..checks import is_count, size_at
+from ..checks import is_count, refuse_accumulation, size_at
 from ..data import open_data
 from .curve import METHODS, end_of, smoothed, trimmed, valley, why_silent
 from .rehearsal import fit_quietly, rehearsing, without_schedules
@@ -219,10 +219,12 @@ class _Rehearsed:
 
     def __init__(self, model: Any, data: Any, y: Any, fit_options: dict[str, Any]) -> None:
         self.model, self.data, self.y, self.fit_options = model, data, y, fit_options
+        accumulate, tbptt_steps = fit_options["accumulate"], model._compiled.tbptt_steps
+        refuse_accumulation(accumulate, fit_options["microbatch"], tbptt_steps, model._overrides("train_step"))
         self.all_names = [*model._compiled._makers]
         reading = model._reading(fit_options["batch_size"], fallback_batch_size=model.batch_size)
         data = open_data(data, y, fit_options["sample_weight"], reading)
-        self._epoch_steps = data.steps and -(-data.steps // size_at(fit_options["accumulate"], 0))
+        self._epoch_steps = data.steps and -(-data.steps // size_at(accumulate, 0))
 
     @property
     def confirming_steps(self) -> int:
@@ -282,7 +284,8 @@ class _Steps(Callback):
         self.name, self.rates, self.ends_at = name, rates, ends_at
         self._losses: list[float] = []
         self._taken: list[tuple] = []  # not yet read
-        self._heard: list[Tensor] = []  # losses of a step of the user's own, since the last one
+        self._heard: dict[int, list[tuple]] = {}  # turn in a step of the user's own -> sums of losses since its last
+        self._turns: dict[Any, int] = {}  # of each optimizer
         self._is_over = False
 
     @property
@@ -294,9 +297,18 @@ class _Steps(Callback):
         self._ratios = [1.0, *(other / first if first else 1.0 for other in others)]
         self._is_own = self.model._overrides("train_step")
 
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._calls_before, self._is_within = self._calls, True
+
+    @property
+    def _calls(self) -> int:
+        return self.model._own_step._calls if self._is_own else 0
+
     def on_before_backward(self, loss: Any) -> None:
         if self._is_own:
-            self._heard.append(loss.detach())
+            samples = self.model._running.samples
+            total = loss.detach().to(self.model._training_tracker.dtype) * samples
+            self._heard.setdefault(self._calls - self._calls_before, []).append((total, samples))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         step = len(self._losses) + len(self._taken)
@@ -305,18 +317,20 @@ class _Steps(Callback):
 
     def on_before_zero_grad(self, optimizer: Any) -> None:
         # After the step: what evaluates the loss within it has then told its loss, too.
-        heard, self._heard = self._heard, []
+        if self._is_within:  # else it is what an epoch has left of a window
+            self._turns[optimizer] = self._calls - self._calls_before - 1
+        heard = self._heard.pop(self._turns.get(optimizer, 0), [])
         if optimizer is not self._optimizer or self._is_over:
             return
         tracker = self.model._training_tracker
         taken = tracker.take()
         if heard and (len(self.model.updates) > 1 or taken is None):  # the tracker has none of this optimizer's
-            samples = self.model._running.samples
-            taken = ((torch.stack(heard).mean().to(tracker.dtype) * samples, samples),)
+            taken = (tuple(map(sum, zip(*heard, strict=True))),)
         self._taken.append(taken)
         self._is_over = len(self._losses) + len(self._taken) == len(self.rates)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._is_within = False
         if len(self._taken) >= READ_EVERY or self._is_over:
             self.read()
             self.model.stop_training = self._is_over
@@ -324,7 +338,12 @@ class _Steps(Callback):
     def read(self) -> list[float]:
         """All losses so far, up to where it ends."""
         taken, self._taken = self._taken, []
-        self._losses += self.model._training_tracker.losses_of(taken)
+        losses = self.model._training_tracker.losses_of(taken)
+        # A step without a loss, on targets that are all masked, has that of its neighbour.
+        last = next((loss for loss in (*self._losses[-1:], *losses) if loss is not None), math.nan)
+        for loss in losses:
+            last = last if loss is None else loss
+            self._losses.append(last)
         end = self.ends_at(self._losses)
         if end is not None:
             self._is_over, self._losses = True, self._losses[: end + 1]

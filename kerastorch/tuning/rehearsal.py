@@ -36,6 +36,7 @@ def rehearsing(model: Any, *data: Any, on_host: bool = False) -> Iterator[Callab
 
 def fit_quietly(model: Any, data: Any, y: Any, **options: Any) -> None:
     """`fit` without a word; a signal that would have ended it early ends the search that it is part of."""
+    model._finds_lr = False  # with `lr="auto"` each of them would find a rate first
     with warnings.catch_warnings():  # they come again in the run that is to follow
         warnings.simplefilter("ignore")
         history = model.fit(data, y, verbose=0, **options)
