@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Mapping
 from functools import partial, wraps
 from inspect import signature
@@ -35,7 +36,14 @@ def _launched(model: Any, name: str, *args: Any, **options: Any) -> Any:
     _refuse_wrong_names(model, name, args, options)
     generators = generators_in([args, options, model.module])
     call = partial(_in_rank, model, name, args, options, generators, random_state(generators), time.time())
-    return _take_back(model, model.backend.launch(call), options, generators)
+    brought = model.backend.launch(call)
+    if brought["is_sized"]:
+        model._sized_loader = weakref.ref(_data_of(args, options))
+    return _take_back(model, brought, options, generators)
+
+
+def _data_of(args: tuple, options: Mapping[str, Any]) -> Any:
+    return args[0] if args else options["data"]
 
 
 def _refuse_wrong_names(model: Any, name: str, args: tuple, options: dict[str, Any]) -> None:
@@ -80,6 +88,7 @@ def _in_rank(
         "steps": model.steps_taken,
         "batch_size": model.batch_size,
         "finds_lr": model._finds_lr,
+        "is_sized": model._sized_loader() is not None and model._sized_loader() is _data_of(args, options),
         "gradient_norms": {name: update.gradient_norm for name, update in model.updates.items()},
         "random": random_state(generators) | {"cuda": [], "mps": None},  # the calling process leaves GPUs alone
     }

@@ -351,14 +351,8 @@ class Model:
         Source: semantics of `keras.Model.fit`.
         """
         self._refuse_uncompiled("fit")
-        options = {"accumulate": accumulate, "microbatch": microbatch, "class_weight": class_weight}
-        if batch_size == "auto":
-            batch_size = None
-            self.find_batch_size(data, y, sample_weight=sample_weight, **options)
-        if self._finds_lr:
-            self._finds_lr = False
-            self.find_lr(data, y, batch_size=batch_size, sample_weight=sample_weight, shuffle=shuffle, **options)
         bounds = limits.limits(epochs, initial_epoch, min_epochs, min_steps, max_steps, max_time, dry_run)
+        finds_batch_size, batch_size = batch_size == "auto", None if batch_size == "auto" else batch_size
         checks.refuse_nonpositive(batch_size=batch_size, validation_batch_size=validation_batch_size)
         checks.refuse_no_split(validation_split)
         checks.refuse_class_weight(class_weight)
@@ -367,6 +361,15 @@ class Model:
         limits.refuse_no_amounts(steps_per_epoch, validation_steps, sanity_steps, overfit_batches, dry_run)
         checks.refuse_resumed_dry_run(resume, dry_run)
         callbacks = as_list(callbacks)
+
+        options = {"accumulate": accumulate, "microbatch": microbatch, "class_weight": class_weight}
+        if finds_batch_size and not dry_run:
+            self.find_batch_size(data, y, sample_weight=sample_weight, **options)
+        if self._finds_lr and not dry_run:
+            split_off = 0.0 if validation_data is not None else validation_split
+            source = split_tail(data, y, sample_weight, split_off)[0] if split_off else (data, y, sample_weight)
+            self._finds_lr = False
+            self.find_lr(*source[:2], batch_size=batch_size, sample_weight=source[2], shuffle=shuffle, **options)
 
         if self.batch_size is not None and data is self._sized_loader():
             data = with_batches_of(data, self.batch_size)
@@ -855,7 +858,7 @@ class Model:
         if saved.get("optimizers"):
             self._refuse_uncompiled("load")
         restore(self, saved, repr(str(path)))
-        self._finds_lr = False
+        self._finds_lr &= self.is_dry_run  # else the rate is that of the file
         return self
 
     def export(

@@ -120,8 +120,9 @@ class _Memory:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors if tensor.is_cuda)
         fits = device.type != "cuda" or needed < COPIES_SHARE * torch.cuda.mem_get_info(device)[0]
         for tensor in self._tensors:
-            held = _own_part(tensor.data)
-            copy = held.cpu() if (on_host or not fits) and held.device.type != "cpu" else held.clone()
+            held = tensor if _is_of_xla(tensor) else _own_part(tensor.data)
+            is_moved = held.device.type != "cpu" and (on_host or not fits or held is tensor)
+            copy = held.detach().cpu() if is_moved else held.clone()
             self._undo.append(partial(_restore_values, held, copy))
 
     def restore(self) -> None:
@@ -187,6 +188,11 @@ class _Memory:
             self._undo.append(partial(value.setstate, value.getstate()))
 
 
+def _is_of_xla(tensor: Tensor) -> bool:
+    """Whether others that refer to its memory lose it when the tensor changes: XLA hands it on."""
+    return tensor.device.type == "xla"
+
+
 def _own_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, of which each of several may hold a part."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -208,7 +214,7 @@ def _restore_values(held: Tensor, copy: Tensor) -> None:
 
 
 def _restore_storage(tensor: Tensor, held: Tensor) -> None:
-    if hasattr(tensor, "to_local"):  # parts stay where they are
+    if hasattr(tensor, "to_local") or _is_of_xla(tensor):  # they stay where they are
         return
     if tensor.data_ptr() != held.data_ptr() or tensor.shape != held.shape or tensor.dtype != held.dtype:
         tensor.data = held

@@ -35,7 +35,7 @@ BELOW = {
         "compilation", "computation", "data", "export", "folders", "history", "launching", "limits", "loop", "losses",
         "metrics", "microbatch", "optimizers", "overrides", "passes", "patterns", "position", "precision", "preflight",
         "resume", "samples", "scopes", "seeding", "state", "step", "structures", "summary", "tbptt", "tensors",
-        "tracker", "writing",
+        "tracker", "tuning", "writing",
     },
     "launching": {"callbacks.base", "samples", "seeding", "state"},
     "compilation": {"computation", "jit", "losses", "optimizers", "patterns", "precision", "schedules", "step"},
@@ -72,6 +72,13 @@ BELOW = {
     "export": {"checkpoint", "seeding", "step", "structures"},
     "flops": set(),
     "untouched": {"losses", "seeding"},
+    "tuning.__init__": {"tuning.batch_size"},
+    "tuning.batch_size": {
+        "callbacks.base", "checks", "data", "memory", "tuning.budget", "tuning.forecast", "tuning.rehearsal",
+    },
+    "tuning.budget": {"memory"},
+    "tuning.forecast": {"losses", "precision", "step", "summary", "tracing"},
+    "tuning.rehearsal": {"callbacks.base", "untouched"},
     "summary": {"tracing"},
     "preflight.__init__": {
         "arguments", "checks", "preflight.data", "preflight.findings", "preflight.hints", "preflight.module",

@@ -26,7 +26,7 @@ from .rehearsal import fit_quietly, rehearsing, synchronize, without_schedules
 NEAR_BEST = 0.97  # of the best throughput: as good, for all that three steps can tell
 FIRST, SURE = 0.4, 0.7  # of the memory there is, by a forecast for which nothing was measured yet
 GROWTH = 8  # at most so many times what was tried, where that took too little to tell how it goes on
-MOST = 2**24  # samples in a batch, of data that does not tell how many it has
+MOST = 2**20  # samples in a batch, of data that does not tell how many it has; torch counts them out one by one
 OUT = "out of memory"
 
 
@@ -142,23 +142,23 @@ def find_batch_size(
     **fit_options: Any,
 ) -> BatchSize:
     """What `Model.find_batch_size` returns; see there."""
-    if mode not in STRATEGIES:
+    if mode not in [*STRATEGIES]:
         raise ValueError(f"mode={mode!r} is not known. Give {', '.join(map(repr, STRATEGIES))}.")
     refuse_nonpositive(steps_per_trial=steps_per_trial, max_trials=max_trials, init=init)
     if not isinstance(margin, Real) or isinstance(margin, bool) or not 0 <= margin < 1:
         raise ValueError(
             f"margin={margin!r} is no part of a batch size. Give a number from 0 up to but not including 1."
         )
+    if fit_options.get("microbatch") == "auto":
+        raise ValueError(
+            "microbatch='auto' cuts batches until they fit, so that there is no largest one. Give one of the two: a "
+            "batch_size, or microbatch=None."
+        )
     memory = as_bytes(memory)
     with rehearsing(model, data, on_host=True) as undo:
         most, batch = _look_at(model, data, y, fit_options)
         free_memory(model.backend.device)
         search = Search(model, (data, y), fit_options, steps_per_trial, _budgets(model.backend, memory), undo)
-        if mode == "predict" and search.budget is None:
-            raise ValueError(
-                f"mode='predict' needs to know how much memory there is, which a {model.backend.device.type} device "
-                f"does not tell. Give memory=, such as '16GB', or mode='binsearch'."
-            )
         forecast = search.forecast_from(batch)
         undo()
         search.warm_up(most)
@@ -177,10 +177,10 @@ def _look_at(model: Any, data: Any, y: Any, fit_options: dict[str, Any]) -> tupl
     sample_weight = fit_options.get("sample_weight")
     singles = with_batches_of(data, 1)
     opened = open_data(singles, y, sample_weight, model._reading(None if singles is not data else 1))
-    if opened.steps == 1:
+    (first, *others), opened = first_batches(opened, 2)
+    if not others:
         raise ValueError("the data has one sample, so there are no batch sizes to choose from. Give more data.")
-    opened = model._with_optimizer(opened)
-    (first, *_), _ = first_batches(opened, 1)
+    model._with_optimizer(opened)
     return opened.steps or MOST, first[:3]
 
 
@@ -192,6 +192,11 @@ def _budgets(backend: Any, memory: int | None) -> list[int] | None:
     """What each process may take; `None` = not known."""
     here = 1 if backend.world == 1 else int(os.environ.get("LOCAL_WORLD_SIZE", backend.world))
     free = free_bytes(backend.device, here)
+    if free is None and memory is not None:
+        raise ValueError(
+            f"memory={in_words(memory)} was given, but nobody can measure what a {backend.device.type} device has in "
+            f"use. Leave it out: what does not fit is found by its error."
+        )
     known = [one for one in (memory, free) if one is not None]
     budgets = backend.collect(min(known, default=None), "a search for a batch size")
     return None if None in budgets else budgets
@@ -248,7 +253,7 @@ def predict(known: Bracket) -> int | None:
     if known.is_narrow or (not low and known.high is not None):
         return None if low else (known.high // 2 or None)
     if forecast.part_at(top) is None:
-        return min(max(2 * low, known.init), top)
+        return binsearch(known)
     if not low:
         certain = forecast.largest_within(SURE, top)
         return top if certain == top else max(forecast.largest_within(FIRST, top), min(known.init, top))
@@ -368,7 +373,7 @@ class Search:
         """A short run of this process, which takes so many rows of its batches; and what it failed with else."""
         device, options, watch = self.model.backend.device, dict(self.fit_options), _Watch(rows)
         data, y = with_batches_of(self.source[0], size), self.source[1]
-        validated = data if y is None else (data, y)
+        validated = data if y is None or isinstance(y, str) else (data, y)
         if not self.model._overrides("train_step") or self.model._overrides("compute_loss"):
             options |= {"validation_data": validated, "validation_steps": 1}
         if data is self.source[0]:

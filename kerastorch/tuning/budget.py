@@ -15,7 +15,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from ..memory import free_memory
@@ -80,6 +79,8 @@ def free_bytes(device: torch.device, processes: int = 1) -> int | None:
 
 
 def _free_on_host() -> Iterator[float]:
+    import psutil
+
     yield psutil.virtual_memory().available
     yield from _free_in_containers()
     try:
@@ -149,6 +150,8 @@ class Peak:
 
 def level(device: torch.device) -> int:
     """Bytes that this process has now."""
+    import psutil
+
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return psutil.Process().memory_info().rss if device.type == "cpu" else 0
@@ -192,6 +195,8 @@ def limited(device: torch.device, budget: int | None) -> Iterator[None]:
 
     Source: Linux, getrlimit(2), RLIMIT_DATA, which counts private mappings since 4.7.
     """
+    import psutil
+
     used = getattr(psutil.Process().memory_info(), "data", None) if device.type == "cpu" else None
     if used is None or budget is None:
         yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ READ_EVERY = 10  # steps between two reads of losses from the device
 MOST_STEPS = 100  # of a run that confirms a rate; fewer favour rates that are too high or too low, by problem
 LEAST_STEPS = 30  # where an epoch has fewer
 MOST_RATES = 10  # confirmed, before the search is content with what it has
-RATIOS = (10 ** (1 / 2), 10 ** (1 / 4), 10 ** (1 / 8))  # between rates compared; the last is how exact a rate can be
+FINEST = 10 ** (1 / 8)  # between two rates: about as far apart as losses are within a tenth of one another
+WIDTHS = (4, 2, 1)  # of the steps from a rate to its neighbours, in finest ones: first half a decade
 AS_GOOD = 1.1  # times the lowest loss: rates of the range that is shown
 MODES = ("exponential", "linear")
 
@@ -183,19 +185,25 @@ def _confirm(found: LearningRate, loss_at: Callable[[float], float]) -> None:
     """
     if not len(found._rates):
         return
-    untrained = sorted(found.losses[: READ_EVERY + 1])[READ_EVERY // 2]  # at rates so low that nothing is learned
-    tried, best = found.tried, valley(found._rates, found._curve)
-    for ratio in RATIOS:
-        while len(tried) < MOST_RATES:
-            neighbours = (best, best * ratio, best / ratio)
-            for rate in neighbours:
-                if not any(math.isclose(rate, one, rel_tol=1e-6) for one in tried):
-                    tried[rate] = loss_at(rate)
-            known = [next(one for one in tried if math.isclose(rate, one, rel_tol=1e-6)) for rate in neighbours]
-            best, before = min(known, key=tried.__getitem__), best
-            if math.isclose(best, before, rel_tol=1e-6):
+    start, losses, best = valley(found._rates, found._curve), {}, 0  # places are numbers of steps from the start
+
+    def rate_at(place: int) -> float:
+        return start * FINEST**place
+
+    def loss_of(place: int) -> float:
+        if place not in losses:
+            losses[place] = loss_at(rate_at(place))
+        return losses[place]
+
+    for width in WIDTHS:
+        while len(losses) < MOST_RATES:
+            better = min((best, best + width, best - width), key=loss_of)
+            if better == best:
                 break
-    found.lr = best if tried[best] < untrained else None
+            best = better
+    untrained = median(found.losses[:READ_EVERY])  # at rates so low that nothing is learned
+    found.tried = {rate_at(place): loss for place, loss in losses.items()}
+    found.lr = rate_at(best) if losses[best] < untrained else None
     if found.lr is None:
         found.reason = found.reason or "no rate has made the loss lower than it is untrained"
 
@@ -214,7 +222,8 @@ class _Rehearsed:
         accumulate, tbptt_steps = fit_options["accumulate"], model._compiled.tbptt_steps
         refuse_accumulation(accumulate, fit_options["microbatch"], tbptt_steps, model._overrides("train_step"))
         self.all_names = [*model._compiled._makers]
-        data = open_data(data, y, fit_options["sample_weight"], model._reading(fit_options["batch_size"]))
+        reading = model._reading(fit_options["batch_size"], fallback_batch_size=model.batch_size)
+        data = open_data(data, y, fit_options["sample_weight"], reading)
         self._epoch_steps = data.steps and -(-data.steps // size_at(accumulate, 0))
 
     @property

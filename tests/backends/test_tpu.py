@@ -431,6 +431,25 @@ def test_on_four_cores(xla):
     assert " passed" in ended.stdout
 
 
+def test_finders_leave_no_trace(xla):
+    x, y = torch.rand(64, 5), torch.randint(0, 3, (64,))
+
+    def trained(finds: bool) -> tuple[list[float], dict]:
+        kt.set_seed(0)
+        module = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Linear(8, 3))
+        model = kt.Model(module, backend="tpu").compile("adam", "cross_entropy")
+        model.fit(x, y, batch_size=16, verbose=0)
+        if finds:
+            assert model.find_batch_size(x, y, apply=False) == 64
+            assert len(model.find_lr(x, y, apply=False, steps=20, confirm=2, stop_factor=None).lrs) == 20
+        losses = model.fit(x, y, batch_size=16, epochs=3, verbose=0).history["loss"]
+        return losses, {name: one.cpu() for name, one in model.module.state_dict().items()}
+
+    (losses, weights), (expected, expected_weights) = trained(finds=True), trained(finds=False)
+    assert losses == expected
+    assert all(torch.equal(weights[name], one) for name, one in expected_weights.items())
+
+
 # Pods.
 
 FIRST_HOST = """
