@@ -18,7 +18,7 @@ from torch import Tensor
 from ..callbacks.base import Callback
 from ..checks import is_count, refuse_accumulation, size_at
 from ..data import open_data
-from .curve import METHODS, end_of, smoothed, trimmed, valley, why_silent
+from .curve import METHODS, ROUNDING, end_of, smoothed, trimmed, valley, why_silent
 from .rehearsal import fit_quietly, rehearsing, without_schedules
 
 READ_EVERY = 10  # steps between two reads of losses from the device
@@ -202,8 +202,9 @@ def _confirm(found: LearningRate, loss_at: Callable[[float], float]) -> None:
                 break
             best = better
     untrained = median(found.losses[:READ_EVERY])  # at rates so low that nothing is learned
+    is_deaf = max(losses.values()) - losses[best] <= ROUNDING * abs(losses[best])  # whatever the rate is
     found.tried = {rate_at(place): loss for place, loss in losses.items()}
-    found.lr = rate_at(best) if losses[best] < untrained else None
+    found.lr = rate_at(best) if losses[best] < untrained and not is_deaf else None
     if found.lr is None:
         found.reason = found.reason or "no rate has made the loss lower than it is untrained"
 
