@@ -365,10 +365,10 @@ class Model:
         options = {"accumulate": accumulate, "microbatch": microbatch, "class_weight": class_weight}
         if finds_batch_size and not dry_run:
             self.find_batch_size(data, y, sample_weight=sample_weight, **options)
+        self._finds_lr &= not isinstance(resume, (str, os.PathLike))  # else the rate is that of the file
         if self._finds_lr and not dry_run:
             split_off = 0.0 if validation_data is not None else validation_split
             source = split_tail(data, y, sample_weight, split_off)[0] if split_off else (data, y, sample_weight)
-            self._finds_lr = False
             self.find_lr(*source[:2], batch_size=batch_size, sample_weight=source[2], shuffle=shuffle, **options)
 
         if self.batch_size is not None and data is self._sized_loader():
@@ -539,7 +539,7 @@ class Model:
 
         Args:
             data: As in `fit`, with `y`; but no generator. It is gone through again where it is shorter than the test.
-            min_lr, max_lr: First and last rate of the test. Default: 1e-7 and 10.
+            min_lr, max_lr: First and last rate of the test, and the bounds of the answer. Default: 1e-7 and 10.
             steps: Optimizer steps of the test, each at a higher rate. Default: 100.
             mode: `"exponential"` = in equal ratios, `"linear"` = in equal steps. Default: `"exponential"`.
             smoothing: Weight of what was before in the moving average of losses. Default: 0.98.
@@ -574,6 +574,7 @@ class Model:
         sweep = {"min_lr": min_lr, "max_lr": max_lr, "steps": steps, "mode": mode, "smoothing": smoothing}
         sweep |= {"stop_factor": stop_factor, "optimizer": optimizer, "confirm": confirm}
         found = tuning.find_lr(self, data, y, **sweep, **options)
+        self._finds_lr &= not apply
         for one in found.values() if isinstance(found, dict) else [found]:
             if apply and one.lr is None:
                 warnings.warn(f"find_lr has no answer: {one.reason}. The rate stays as it was.", stacklevel=2)

@@ -72,7 +72,9 @@ BELOW = {
     "export": {"checkpoint", "seeding", "step", "structures"},
     "flops": set(),
     "untouched": {"losses", "seeding"},
-    "tuning.__init__": {"tuning.batch_size"},
+    "tuning.__init__": {"tuning.batch_size", "tuning.lr"},
+    "tuning.lr": {"callbacks.base", "checks", "data", "tuning.curve", "tuning.rehearsal"},
+    "tuning.curve": set(),
     "tuning.batch_size": {
         "callbacks.base", "checks", "data", "memory", "tuning.budget", "tuning.forecast", "tuning.rehearsal",
     },

@@ -49,8 +49,9 @@ class LearningRate:
     ) -> None:
         self.lrs, self.losses, self.smoothed = list(lrs), list(losses), smoothed(losses, smoothing)
         self.optimizer, self._steps = optimizer, steps
+        has_diverged = len(self.lrs) < steps or not math.isfinite(self.losses[-1])
         self._rates, self._curve = trimmed(self.lrs, self.smoothed, steps)
-        self.reason = why_silent(self.losses, self._curve, steps, has_diverged=len(self.lrs) < steps)
+        self.reason = why_silent(self.losses, self._curve, steps, has_diverged=has_diverged)
         self.tried: dict[float, float] = {}
         self.lr: float | None = self.suggestion("valley")
 
@@ -165,7 +166,7 @@ def find_lr(
             found[name] = LearningRate(lrs, losses, smoothing, steps, name)
             if confirm and len(fit.all_names) == 1:  # losses of networks that play against each other do not compare
                 run_steps = fit.confirming_steps if confirm is True else confirm
-                _confirm(found[name], lambda rate: fit.loss_at(rate, run_steps, undo))  # noqa: B023
+                _confirm(found[name], lambda rate: fit.loss_at(rate, run_steps, undo), min_lr, max_lr)  # noqa: B023
     return found[""] if [*found] == [""] else found[optimizer] if optimizer is not None else found
 
 
@@ -177,7 +178,7 @@ def rates_between(min_lr: float, max_lr: float, steps: int, mode: str) -> list[f
     return [min_lr * (max_lr / min_lr) ** part for part in parts]
 
 
-def _confirm(found: LearningRate, loss_at: Callable[[float], float]) -> None:
+def _confirm(found: LearningRate, loss_at: Callable[[float], float], min_lr: float, max_lr: float) -> None:
     """Goes from what the curve suggests to the rate with the lowest loss among its neighbours, in ever smaller steps.
 
     Neighbours are compared by runs from the same start, on the same data and random numbers, so that they differ by
@@ -191,6 +192,8 @@ def _confirm(found: LearningRate, loss_at: Callable[[float], float]) -> None:
         return start * FINEST**place
 
     def loss_of(place: int) -> float:
+        if not min_lr <= rate_at(place) <= max_lr:
+            return math.inf
         if place not in losses:
             losses[place] = loss_at(rate_at(place))
         return losses[place]

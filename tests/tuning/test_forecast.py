@@ -89,7 +89,8 @@ def test_only_the_last_three_trials_count() -> None:
 def test_trials_that_took_next_to_nothing_say_next_to_nothing() -> None:
     assert learned(None, (2, 0.001), (4, 0.002)).is_vague
     assert not learned(affine, (2, 0.001), (4, 0.002)).is_vague
-    assert not learned(None, (2, 0.001), (4, 0.05)).is_vague
+    assert learned(None, (2, 0.001), (4, 0.05)).is_vague
+    assert not learned(None, (2, 0.001), (4, 0.05), (8, 0.1)).is_vague
 
 
 @pytest.mark.parametrize("most", [1, 2, 100, 10**4, 2**20])
