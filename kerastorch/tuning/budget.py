@@ -68,7 +68,8 @@ def free_bytes(device: torch.device, processes: int = 1) -> int | None:
         processes: How many share the host's memory.
     """
     if device.type == "cpu":
-        return int(min(_free_on_host()) * (1 - RESERVE) / processes)
+        shared = min(_free_on_host()) * (1 - RESERVE) / processes
+        return int(min([shared, *_free_by_limits()]))
     if device.type in ("cuda", "xpu"):
         module = torch.get_device_module(device)
         cached = module.memory_reserved(device) - module.memory_allocated(device)
@@ -83,10 +84,16 @@ def _free_on_host() -> Iterator[float]:
 
     yield psutil.virtual_memory().available
     yield from _free_in_containers()
+
+
+def _free_by_limits() -> Iterator[float]:
+    """What the limits of this process leave, of which others take nothing."""
     try:
         import resource
-    except ImportError:  # Windows has no such limits
+    except ImportError:  # Windows has none
         return
+    import psutil
+
     used = psutil.Process().memory_info()
     for limit, taken in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, getattr(used, "data", used.rss))):
         most, _ = resource.getrlimit(limit)

@@ -11,6 +11,8 @@ import numpy as np
 
 LEFT_OUT = 0.1  # of the steps, at the beginning, where the smoothing has not warmed up; fastai's
 LAST = 5  # points, where it diverges; fastai's
+NEIGHBOURS = 5  # losses whose median says how high the loss is there
+OF_NOISE = 2.5  # differences between neighbours, which the lowest median is below the start in 1 of 70 tests by chance
 ROUNDING = 1e-6  # of a loss, in float32 and in its average
 
 
@@ -57,13 +59,19 @@ def why_silent(losses: Sequence[float], curve: np.ndarray, steps: int, has_diver
         return f"{steps} steps are too few: give more"
     if len(curve) < LAST:
         return f"the loss diverged at once, after {len(losses)} of {steps} steps: give a lower min_lr"
-    steps_between = np.diff(np.asarray(losses, dtype=float))
-    noise = float(np.median(np.abs(steps_between[np.isfinite(steps_between)])))  # of one loss beside the next
-    noise = max(noise, ROUNDING * abs(curve[0]))
-    if curve[0] - curve.min() <= noise:
-        is_rising = curve[-1] - curve.min() > noise
+    raw = np.asarray(losses, dtype=float)
+    raw = raw[np.isfinite(raw)]
+    # Medians of neighbours, since what is smoothed as much as the curve is late by half of the test.
+    first = max(int(LEFT_OUT * steps), NEIGHBOURS)
+    start, around = (
+        np.median(raw[:first]),
+        [np.median(raw[at : at + NEIGHBOURS]) for at in range(len(raw) - NEIGHBOURS + 1)],
+    )
+    noise = max(OF_NOISE * np.median(np.abs(np.diff(raw))), ROUNDING * abs(start))
+    if start - min(around) <= noise:
+        is_rising = around[-1] - start > noise
         return "the loss rises at once: give a lower min_lr" if is_rising else "the loss falls by less than its noise"
-    if not has_diverged and curve.argmin() == len(curve) - 1:
+    if not has_diverged and int(np.argmin(around)) >= len(around) - NEIGHBOURS:
         return "the loss still falls at max_lr: give a higher one"
     return ""
 
