@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import itertools
 import json
@@ -41,6 +42,7 @@ import torch
 from problems import BATCH_SIZE, Problem, distance_of, problems
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import kerastorch as kt
@@ -415,7 +417,7 @@ def counting_steps() -> Iterator[list[int]]:
     def count(*_: Any) -> None:
         steps[0] += 1
 
-    hook = torch.optim.optimizer.register_optimizer_step_post_hook(count)
+    hook = register_optimizer_step_post_hook(count)
     try:
         yield steps
     finally:
@@ -434,6 +436,8 @@ def timed(find: Callable, *arguments: Any) -> tuple[dict[str, Any], float, int]:
 def compare_rates(is_quick: bool, seeds: int) -> None:
     names = ["tabular", "autoencoder"] if is_quick else ["digits", "tabular", "text", "autoencoder"]
     finders = [finder for name, finder in FINDERS.items() if is_there(name)]
+    for package in filter(find_spec, PACKAGES.values()):
+        importlib.import_module(package)  # which is no part of a search
     rows, of_contender = [], {}
     for name, optimizer, seed in itertools.product(names, OPTIMIZERS, range(1 if is_quick else seeds)):
         problem, best, row = known(name), best_of_grid(name, optimizer, seed), {}
