@@ -20,26 +20,26 @@ net = nn.Sequential(
     nn.Conv2d(1, 32, 3, padding=1),
     nn.ReLU(),
     nn.MaxPool2d(4),
-    nn.Conv2d(32, 64, 3, padding=1),
+    nn.Conv2d(32, 32, 3, padding=1),
     nn.ReLU(),
     nn.Flatten(),
-    nn.Linear(64 * 8 * 8, 10),
+    nn.Linear(32 * 8 * 8, 10),
 )
 model = kt.Model(net).compile("adam", "cross_entropy", metrics=["accuracy"], lr=2e-3)
 
 # Each trial is a few real steps and a validation, of which nothing is left; without `memory` it takes what is free.
-size = model.find_batch_size(images, digits.target, memory="200MB", mode="binsearch")
+size = model.find_batch_size(images, digits.target, memory="100MB", mode="binsearch", init=16)
 print(size, end="\n\n")
 size.plot(path=Path(*sys.argv[1:2], "find_batch_size.png"))
 
 # By default a forecast, made without running anything, says where to look.
-forecast = model.find_batch_size(images, digits.target, memory="200MB")
+forecast = model.find_batch_size(images, digits.target, memory="100MB")
 print(forecast)
 run, run_by_forecast = (sum(trial.was_run for trial in found.trials) for found in (size, forecast))
 assert run_by_forecast < run, f"{run_by_forecast} trials, expected less than {run}"
 
 # What fits is seldom what one wants: fewer, larger steps learn less. The smallest that is as fast is.
-history = model.fit(images, digits.target, epochs=2, batch_size=size.throughput_best, verbose=0)
+history = model.fit(images, digits.target, epochs=1, batch_size=size.throughput_best, verbose=0)
 accuracy = history.history["accuracy"][-1]
 print(
     f"\n{run} and {run_by_forecast} trials; accuracy {accuracy:.3f} after two epochs of {size.throughput_best} a batch"
