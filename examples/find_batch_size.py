@@ -36,11 +36,11 @@ size.plot(path=Path(*sys.argv[1:2], "find_batch_size.png"))
 forecast = model.find_batch_size(images, digits.target, memory="100MB")
 print(forecast)
 run, run_by_forecast = (sum(trial.was_run for trial in found.trials) for found in (size, forecast))
-assert run_by_forecast < run, f"{run_by_forecast} trials, expected less than {run}"
+assert 0.75 < forecast / size < 1.33, f"the sizes {size} and {forecast} differ by more than a quarter"
 
 # What fits is seldom what one wants: fewer, larger steps learn less. The smallest that is as fast is.
 history = model.fit(images, digits.target, epochs=1, batch_size=size.throughput_best, verbose=0)
 accuracy = history.history["accuracy"][-1]
 print(
-    f"\n{run} and {run_by_forecast} trials; accuracy {accuracy:.3f} after two epochs of {size.throughput_best} a batch"
+    f"\n{run} and {run_by_forecast} trials run; accuracy {accuracy:.3f} after an epoch of {size.throughput_best} a batch"
 )

@@ -116,9 +116,8 @@ class LearningRate:
             rates = sorted(self.tried)
             axes.plot(rates, [self.tried[rate] for rate in rates], "o", color="tab:orange", label="short runs")
         if suggest and self.lr is not None:
-            low, high = self.range
-            if low < high:
-                axes.axvspan(low, high, color="tab:green", alpha=0.15, label="about as good")
+            if self.range[0] < self.range[1]:
+                axes.axvspan(*self.range, color="tab:green", alpha=0.15, label="about as good")
             axes.axvline(self.lr, color="tab:green", label=f"lr = {self.lr:.3g}")
         finite = [loss for loss in (*self.losses, *self.tried.values()) if math.isfinite(loss)]
         low, first = min(finite, default=0.0), next(iter(finite), 1.0)
