@@ -500,7 +500,7 @@ def compare_gan(seeds: int) -> None:
         for name, rates in suggested.items():
             is_read = name.startswith("curve")
             told = [f"{rate:.1e}" if rate else "no answer" for rate in rates]
-            distance = distance_after(seed, *rates) if all(rates) else math.inf
+            distance = distance_after(seed, *(rate or 1e-3 for rate in rates))  # without an answer it stays as it was
             times = (f"{seconds:.1f}", steps) if is_read else ("", "")
             rows.append((seed, name, *told, f"{distance:.2f}", f"{distance / grid[best]:.2f}", *times))
     print("\nThe GAN: distance of its digits from real ones. Others refuse two optimizers, or know of one alone.\n")
