@@ -512,7 +512,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", action="store_true", help="only finders of batch sizes, unless --lr, too")
     parser.add_argument("--lr", action="store_true", help="only finders of rates, unless --batch-size, too")
-    parser.add_argument("--quick", action="store_true", help="less of everything: one to two minutes")
+    parser.add_argument("--quick", action="store_true", help="less of everything: some two minutes")
     parser.add_argument("--seeds", type=int, default=2, help="of each problem and optimizer. Default: 2")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
