@@ -119,7 +119,8 @@ class BatchSize(int):
         speed.plot([one.size for one in fast], [one.samples_per_s for one in fast], "o-")
         speed.axvline(self.throughput_best, color="gray", linestyle="--", label=f"as fast from {self.throughput_best}")
         for axes, title in ((memory, "peak memory, GB"), (speed, "samples/s")):
-            axes.set(xlabel="batch size", title=title, xscale="log")
+            axes.set(xlabel="batch size", title=title, xscale="log", ylim=(0, None))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.axvline(int(self), color="tab:green", alpha=0.5, label=f"found: {int(self)}")
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)

@@ -119,13 +119,16 @@ class LearningRate:
             rates = sorted(self.tried)
             axes.plot(rates, [self.tried[rate] for rate in rates], "o", color="tab:orange", label="short runs")
         if suggest and self.lr is not None:
-            axes.axvspan(*self.range, color="tab:green", alpha=0.15, label="about as good")
+            if self.range[0] < self.range[1]:
+                axes.axvspan(*self.range, color="tab:green", alpha=0.15, label="about as good")
             axes.axvline(self.lr, color="tab:green", label=f"lr = {self.lr:.3g}")
         finite = [loss for loss in (*self.losses, *self.tried.values()) if math.isfinite(loss)]
         low, first = min(finite, default=0.0), next(iter(finite), 1.0)
         axes.set_ylim(low - 0.05 * abs(first - low), first + 0.5 * abs(first - low) + 1e-12)
-        title = f"of {self.optimizer!r}" if self.optimizer else ""
-        axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title=title if not self.reason else self.reason)
+        titles = [f"of {self.optimizer!r}"] if self.optimizer else []
+        titles += [f"by the curve alone no answer: {self.reason}"] if self.reason else []
+        axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
+        axes.set_title("\n".join(titles), fontsize="medium", wrap=True)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         if path is not None:
