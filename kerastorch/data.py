@@ -175,8 +175,10 @@ def in_order(data: Any) -> Any:
     return data
 
 
-def with_batches_of(data: Any, batch_size: int) -> Any:
+def with_batches_of(data: Any, batch_size: int, drops_last: bool = True) -> Any:
     """A loader with all its settings but for its batch size; anything else, which `batch_size` is given beside, as is.
+
+    Without `drops_last` a loader that leaves out its last batch gives it, too.
 
     Raises:
         TypeError: it brings batches that nobody can make of another size.
@@ -190,7 +192,7 @@ def with_batches_of(data: Any, batch_size: int) -> Any:
                 f"or a plain DataLoader with batch_size=."
             )
         sampler = {} if isinstance(data.dataset, IterableDataset) else {"sampler": data.sampler}
-        options = {"batch_size": batch_size, "drop_last": data.drop_last, **sampler}
+        options = {"batch_size": batch_size, "drop_last": data.drop_last and drops_last, **sampler}
         return DataLoader(data.dataset, **_settings_of(data), **options)
     is_dataset = isinstance(data, IterableDataset) or hasattr(data, "__getitem__") or hasattr(data, "column_names")
     is_list_of_batches = isinstance(data, list) and not is_arrays(data)

@@ -352,8 +352,8 @@ class Model:
         """
         self._refuse_uncompiled("fit")
         bounds = limits.limits(epochs, initial_epoch, min_epochs, min_steps, max_steps, max_time, dry_run)
-        finds_batch_size, batch_size = batch_size == "auto", None if batch_size == "auto" else batch_size
-        checks.refuse_nonpositive(batch_size=batch_size, validation_batch_size=validation_batch_size)
+        chosen_size = None if batch_size == "auto" else batch_size
+        checks.refuse_nonpositive(batch_size=chosen_size, validation_batch_size=validation_batch_size)
         checks.refuse_no_split(validation_split)
         checks.refuse_class_weight(class_weight)
         checks.refuse_accumulation(accumulate, microbatch, self._compiled.tbptt_steps, self._overrides("train_step"))
@@ -362,21 +362,12 @@ class Model:
         checks.refuse_resumed_dry_run(resume, dry_run)
         callbacks = as_list(callbacks)
 
-        options = {"accumulate": accumulate, "microbatch": microbatch, "class_weight": class_weight}
-        if finds_batch_size and not dry_run:
-            self.find_batch_size(data, y, sample_weight=sample_weight, **options)
-        self._finds_lr &= not isinstance(resume, (str, os.PathLike))  # else the rate is that of the file
-        if self._finds_lr and not dry_run:
-            split_off = 0.0 if validation_data is not None else validation_split
-            source = split_tail(data, y, sample_weight, split_off)[0] if split_off else (data, y, sample_weight)
-            self.find_lr(*source[:2], batch_size=batch_size, sample_weight=source[2], shuffle=shuffle, **options)
-
-        if self.batch_size is not None and data is self._sized_loader():
-            data = with_batches_of(data, self.batch_size)
-        shuffle = shuffle and not overfit_batches
-        reading = self._reading(
-            batch_size, fallback_batch_size=self.batch_size, shuffle=shuffle, class_weight=class_weight
-        )
+        split_off = 0.0 if validation_data is not None else validation_split
+        options = {"accumulate": accumulate, "microbatch": microbatch, "class_weight": class_weight, "shuffle": shuffle}
+        if not dry_run:
+            self._find((data, y, sample_weight), batch_size, split_off, resume, **options)
+        data, shuffle = self._sized(data), shuffle and not overfit_batches
+        reading = self._reading(chosen_size, self.batch_size, shuffle=shuffle, class_weight=class_weight)
         held_out = as_pair(validation_data), validation_split, validation_batch_size
         opened, validated = self._open((data, y, sample_weight), reading, held_out, callbacks, overfit_batches)
         taken = limits.portion("steps_per_epoch", steps_per_epoch, opened.steps)
@@ -395,8 +386,7 @@ class Model:
         training = self._training_recipe(self._training_tracker, hooks, accumulate, taken.batches, microbatch)
         step = self._step(training, accumulate, microbatch)
         is_whole = taken.batches == opened.steps and not overfit_batches
-        split_off = 0.0 if validation_data is not None else validation_split
-        last_batch = preflight.last_batch_size(data, batch_size, split_off) if is_whole else None
+        last_batch = preflight.last_batch_size(data, chosen_size, split_off) if is_whole else None
         hints = preflight.first_batch_hints(training, last_batch)
         self._expect(opened, validated)
         with scopes.no_trace(self, dry_run, opened.generators), scopes.training(self, training, step, opened), hints:
@@ -453,6 +443,27 @@ class Model:
         return returned(self._evaluation_tracker.result(), return_dict)
 
     # Choosing by trying.
+
+    def _find(
+        self, source: tuple, batch_size: Any, split_off: float, resume: Any, shuffle: bool, **options: Any
+    ) -> None:
+        """Before a `fit`: the batch size that it was asked to find, and the rate that `compile` was."""
+        self._finds_lr &= not isinstance(resume, (str, os.PathLike))  # else the rate is that of the file
+        if batch_size != "auto" and not self._finds_lr:
+            return
+        data, y, weight = split_tail(*source, split_off)[0] if split_off else source
+        if batch_size == "auto":
+            batch_size = None
+            self.find_batch_size(data, y, sample_weight=weight, **options)
+            self._sized_loader = weakref.ref(source[0]) if isinstance(source[0], DataLoader) else _nobody
+            data = self._sized(data, always=True)
+        if self._finds_lr:
+            self.find_lr(data, y, batch_size=batch_size, sample_weight=weight, shuffle=shuffle, **options)
+
+    def _sized(self, data: Any, always: bool = False) -> Any:
+        """The loader that `find_batch_size` was given, with the size it found; anything else as it is."""
+        is_it = isinstance(data, DataLoader) and (always or data is self._sized_loader())
+        return with_batches_of(data, self.batch_size) if is_it and self.batch_size is not None else data
 
     def find_batch_size(
         self,
@@ -567,6 +578,8 @@ class Model:
         Source: Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3.
         """
         self._refuse_uncompiled("find_lr")
+        checks.refuse_nonpositive(batch_size=batch_size)
+        data = self._sized(data)
         if self.optimizer is None:  # it gets a rate, so that it must be there
             self._with_optimizer(open_data(data, y, sample_weight, self._reading(batch_size)))
         options = {"batch_size": batch_size, "sample_weight": sample_weight, "class_weight": class_weight}
@@ -577,7 +590,9 @@ class Model:
         self._finds_lr &= not apply
         for one in found.values() if isinstance(found, dict) else [found]:
             if apply and one.lr is None:
-                warnings.warn(f"find_lr has no answer: {one.reason}. The rate stays as it was.", stacklevel=2)
+                warnings.warn(
+                    f"find_lr has no answer: {one.refuted or one.reason}. The rate stays as it was.", stacklevel=2
+                )
             elif apply:
                 tuning.apply_rate(self.updates[one.optimizer], one.lr)
         return found
@@ -1133,10 +1148,13 @@ class Model:
 
     # From arguments to what the loop takes.
 
-    def _reading(self, batch_size: int | None, *, may_enlarge: bool = False, **options: Any) -> Reading:
+    def _reading(
+        self, batch_size: int | None, fallback: int | None = None, *, may_enlarge: bool = False, **options: Any
+    ) -> Reading:
         return Reading(
             dtype=precisions.dtype_of(self.module),
             batch_size=batch_size,
+            fallback_batch_size=fallback,
             # The names that Hugging Face's datasets give to targets; a module with a loss of its own takes them itself.
             targets=() if self._compiled is not None and self._compiled.has_own_loss else ("labels", "label"),
             hold=self.backend.hold,
@@ -1168,8 +1186,8 @@ class Model:
         if validation_source[0] is None:
             return training, None
         may_enlarge = not _hears_batches(callbacks, "test")
-        options = {"fallback_batch_size": reading.batch_size or reading.fallback_batch_size}
-        validation = open_data(*validation_source, self._reading(batch_size, may_enlarge=may_enlarge, **options))
+        fallback = reading.batch_size or reading.fallback_batch_size
+        validation = open_data(*validation_source, self._reading(batch_size, fallback, may_enlarge=may_enlarge))
         checks.refuse_unlike(training.targets, validation.targets)
         return training, validation
 

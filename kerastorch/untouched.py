@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .losses import parts_of as of_losses
-from .seeding import random_state, set_random_state
+from .seeding import Generator, random_state, set_random_state
 
 # Share of the free device memory that copies may take; others go to the host's.
 COPIES_SHARE = 0.5
@@ -27,7 +27,12 @@ COPIES_SHARE = 0.5
 
 @contextmanager
 def untouched(
-    whole: Iterable[Any], attributes: Iterable[Any] = (), *, device: torch.device, on_host: bool = False
+    whole: Iterable[Any],
+    attributes: Iterable[Any] = (),
+    generators: Iterable[Generator] = (),
+    *,
+    device: torch.device,
+    on_host: bool = False,
 ) -> Iterator[Callable[[], None]]:
     """Puts back what changes within, whichever way it ends.
 
@@ -35,6 +40,7 @@ def untouched(
         whole: Objects whose attributes are put back, and what these hold in containers, modules, tensors, arrays and
             random generators. Objects of other classes inside of them are not looked into.
         attributes: Objects, such as datasets, that may hold very much: attributes, by reference, and generators.
+        generators: Random numbers of others, wherever they are.
         device: Its random numbers are put back too, beside those of Python, numpy and torch.
         on_host: Whether copies are kept in the host's memory, all of the device's being needed. Default: where they
             would take much of it.
@@ -47,7 +53,7 @@ def untouched(
         >>> net.running_mean
         tensor([0., 0.])
     """
-    memory = _Memory()
+    memory = _Memory(tuple(generators))
     for thing in attributes:
         memory.keep_attributes(thing)
     for thing in whole:
@@ -88,8 +94,8 @@ def sources_of(data: Any) -> list[Any]:
 class _Memory:
     """How everything was, as a list of functions that put it back."""
 
-    def __init__(self) -> None:
-        self._random = random_state()
+    def __init__(self, generators: tuple[Generator, ...]) -> None:
+        self._generators, self._random = generators, random_state(generators)
         self._seen: dict[int, Any] = {}  # with the objects, so that no `id` is used again meanwhile
         self._tensors: list[Tensor] = []
         self._undo: list[Callable[[], None]] = []
@@ -130,7 +136,7 @@ class _Memory:
         with torch.no_grad():
             for undo in reversed(self._undo):
                 undo()
-        set_random_state(self._random)
+        set_random_state(self._random, self._generators)
 
     def _is_new(self, thing: Any) -> bool:
         is_new = id(thing) not in self._seen

@@ -80,7 +80,7 @@ BELOW = {
     },
     "tuning.budget": {"memory"},
     "tuning.forecast": {"losses", "precision", "step", "summary", "tracing"},
-    "tuning.rehearsal": {"callbacks.base", "untouched"},
+    "tuning.rehearsal": {"callbacks.base", "samples", "untouched"},
     "summary": {"tracing"},
     "preflight.__init__": {
         "arguments", "checks", "preflight.data", "preflight.findings", "preflight.hints", "preflight.module",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..callbacks.base import Callback
-from ..checks import refuse_nonpositive
+from ..checks import refuse_nonpositive, size_at
 from ..data import first_batches, open_data, with_batches_of
 from ..memory import free_memory, is_out_of_memory
 from .budget import Peak, as_bytes, free_bytes, in_words, limited
@@ -26,7 +26,8 @@ from .rehearsal import fit_quietly, rehearsing, synchronize, without_schedules
 NEAR_BEST = 0.97  # of the best throughput: as good, for all that three steps can tell
 FIRST, SURE = 0.4, 0.7  # of the memory there is, by a forecast for which nothing was measured yet
 GROWTH = 4  # at most so many times what was tried, where that took too little to tell how it goes on
-MOST = 2**20  # samples in a batch, of data that does not tell how many it has; torch counts them out one by one
+MOST = 2**14  # samples in a batch, of data that does not tell how many it has, and may have no end
+PATIENCE = 10  # times as many batches as steps, for a step of one's own that asks for none
 OUT = "out of memory"
 
 
@@ -73,6 +74,9 @@ class BatchSize(int):
 
     def __repr__(self) -> str:
         return f"BatchSize({int(self)}, per_rank={self.per_rank}, throughput_best={self.throughput_best})"
+
+    def __format__(self, spec: str) -> str:
+        return format(int(self), spec)
 
     def __str__(self) -> str:
         from tabulate import tabulate
@@ -158,23 +162,22 @@ def find_batch_size(
     memory = as_bytes(memory)
     with rehearsing(model, data, on_host=True) as undo:
         most, batch = _look_at(model, data, y, fit_options)
-        search = Search(model, (data, y), fit_options, steps_per_trial, _budgets(model.backend, memory), undo)
+        budgets = _budgets(model.backend, memory)
+        search = Search(model, (data, y), most, fit_options, steps_per_trial, budgets, undo)
+        most = most or MOST
         forecast = search.forecast_from(batch)
         undo()
         search.warm_up(most)
         trials = search.run(STRATEGIES[mode], Bracket(most, init, margin, forecast), max_trials)
     free_memory(model.backend.device)
     result = BatchSize(max(one.size for one in trials if one.fits))
-    result.trials, result.per_rank, result.budget_bytes = (
-        tuple(trials),
-        _most_rows(model.backend, int(result)),
-        search.budget,
-    )
+    result.trials, result.budget_bytes = tuple(trials), search.budget
+    result.per_rank = _most_rows(model.backend, int(result))
     return result
 
 
-def _look_at(model: Any, data: Any, y: Any, fit_options: dict[str, Any]) -> tuple[int, tuple]:
-    """How many samples there are, and a small batch of them."""
+def _look_at(model: Any, data: Any, y: Any, fit_options: dict[str, Any]) -> tuple[int | None, tuple]:
+    """How many samples there are, where that is known, and a small batch of them."""
     sample_weight = fit_options.get("sample_weight")
     singles = with_batches_of(data, 1)
     opened = open_data(singles, y, sample_weight, model._reading(None if singles is not data else 1))
@@ -182,7 +185,7 @@ def _look_at(model: Any, data: Any, y: Any, fit_options: dict[str, Any]) -> tupl
     if not others:
         raise ValueError("the data has one sample, so there are no batch sizes to choose from. Give more data.")
     model._with_optimizer(opened)
-    return opened.steps or MOST, first[:3]
+    return opened.steps, first[:3]
 
 
 def _most_rows(backend: Any, size: int) -> int:
@@ -274,6 +277,7 @@ class Search:
     Args:
         model: A `kerastorch.Model`.
         source: Its data and targets.
+        samples: How many these are; `None` = not known.
         fit_options: How they are fitted.
         steps: Optimizer steps of a trial.
         budgets: Bytes that each process may take; `None` = not known.
@@ -284,12 +288,14 @@ class Search:
         self,
         model: Any,
         source: tuple[Any, Any],
+        samples: int | None,
         fit_options: dict[str, Any],
         steps: int,
         budgets: list[int] | None,
         undo: Callable[[], None],
     ) -> None:
-        self.model, self.source, self.fit_options, self.steps, self.undo = model, source, fit_options, steps, undo
+        self.model, self.source, self.samples, self.undo = model, source, samples, undo
+        self.fit_options, self.steps = fit_options, steps
         self.budget = None if budgets is None else min(budgets)
         self.own_budget = None if budgets is None else budgets[model.backend.rank]
         # Where running out of memory ends a process, or has others wait for it for ever, nothing is tried that is
@@ -321,6 +327,7 @@ class Search:
 
         Raises:
             torch.OutOfMemoryError: nothing fits.
+            ValueError: none of so many trials has fitted.
         """
         trials: list[Trial] = []
         while sum(one.was_run for one in trials) < max_trials and (size := strategy(known)) is not None:
@@ -328,6 +335,11 @@ class Search:
             known.narrow(trials[-1])
         if not known.low:
             smallest = min(trials, key=lambda one: one.size)
+            if smallest.size > 1:
+                raise ValueError(
+                    f"none of max_trials={max_trials} trials has fitted, of which batch size {smallest.size} was the "
+                    f"smallest. Give more, or a smaller init than {known.init}."
+                )
             raise torch.OutOfMemoryError(self._words_of_misfit(smallest))
         return trials
 
@@ -372,8 +384,11 @@ class Search:
 
     def _run(self, size: int, rows: int) -> tuple[_Found, Exception | None]:
         """A short run of this process, which takes so many rows of its batches; and what it failed with else."""
-        device, options, watch = self.model.backend.device, dict(self.fit_options), _Watch(rows)
-        data, y = with_batches_of(self.source[0], size), self.source[1]
+        device, options = self.model.backend.device, dict(self.fit_options)
+        watch = _Watch(rows, PATIENCE * self.steps * size_at(options["accumulate"], 0))
+        data, y = with_batches_of(self.source[0], size, drops_last=self.samples is not None), self.source[1]
+        if self.samples is not None and self.samples % size and self.samples > size:  # full batches alone
+            options["steps_per_epoch"] = (self.samples // size) / -(-self.samples // size)
         validated = data if y is None or isinstance(y, str) else (data, y)
         if not self.model._overrides("train_step") or self.model._overrides("compute_loss"):
             options |= {"validation_data": validated, "validation_steps": 1}
@@ -428,8 +443,9 @@ class _Found:
 class _Watch(Callback):
     """Times the batches of a trial that are full."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, most_batches: int) -> None:
         self.fastest_s, self.rows, self._wanted, self._seen, self._began = None, 0, rows, 0, 0.0
+        self._batches_left = most_batches
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._seen, self._began = 0, time.perf_counter()
@@ -439,4 +455,7 @@ class _Watch(Callback):
         now, rows = time.perf_counter(), self.model.samples_seen - self._seen
         if rows == self._wanted:
             self.fastest_s = min(now - self._began, self.fastest_s or now)
+        self._batches_left -= 1
+        if not self._batches_left:
+            self.model.stop_training = True
         self._began, self._seen, self.rows = now, self.model.samples_seen, max(self.rows, rows)

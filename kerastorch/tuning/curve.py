@@ -57,6 +57,8 @@ def why_silent(losses: Sequence[float], curve: np.ndarray, steps: int, has_diver
     """
     if len(curve) < LAST and not has_diverged:
         return f"{steps} steps are too few: give more"
+    if not np.isfinite(losses[0]):
+        return f"the first loss is {losses[0]}: look for NaN in data and weights"
     if len(curve) < LAST:
         return f"the loss diverged at once, after {len(losses)} of {steps} steps: give a lower min_lr"
     raw = np.asarray(losses, dtype=float)
@@ -67,13 +69,20 @@ def why_silent(losses: Sequence[float], curve: np.ndarray, steps: int, has_diver
         np.median(raw[:first]),
         [np.median(raw[at : at + NEIGHBOURS]) for at in range(len(raw) - NEIGHBOURS + 1)],
     )
-    noise = max(OF_NOISE * np.median(np.abs(np.diff(raw))), ROUNDING * abs(start))
+    noise = max(OF_NOISE * noise_of(losses), ROUNDING * abs(start))
     if start - min(around) <= noise:
         is_rising = around[-1] - start > noise
         return "the loss rises at once: give a lower min_lr" if is_rising else "the loss falls by less than its noise"
     if not has_diverged and int(np.argmin(around)) >= len(around) - NEIGHBOURS:
         return "the loss still falls at max_lr: give a higher one"
     return ""
+
+
+def noise_of(losses: Sequence[float]) -> float:
+    """By how much one loss differs from the next: the median."""
+    differences = np.abs(np.diff(np.asarray(losses, dtype=float)))
+    differences = differences[np.isfinite(differences)]
+    return float(np.median(differences)) if len(differences) else 0.0
 
 
 def steepest(lrs: np.ndarray, curve: np.ndarray) -> float:

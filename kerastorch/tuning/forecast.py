@@ -76,13 +76,9 @@ class Forecast:
         """The largest batch size, up to `most`, that takes no more than `part`, to a hundredth of it; 0 = none."""
         low, high, is_guess = 0, most + 1, False
         while high - low > max(1, low // 100):
-            size = (
-                most if high > most else self._between(low, high, part) if is_guess else int(max(low * high, 1) ** 0.5)
-            )
-            size, is_guess = (
-                min(max(size, low + 1), high - 1),
-                not is_guess,
-            )  # in turn: a guess may narrow one side alone
+            size = self._between(low, high, part) if is_guess else int(max(low * high, 1) ** 0.5)
+            size = most if high > most else min(max(size, low + 1), high - 1)
+            is_guess = not is_guess and high <= most  # in turn: a guess may narrow one side alone
             expected = self.part_at(size)
             if expected is None:  # the trace has failed: only what was tried is known
                 return max(self._known, default=1)
@@ -99,9 +95,7 @@ def _through(points: list[tuple[float, float]], at: float, is_traced: bool) -> f
     """The value at `at` of the line through the last two points; of sizes alone, of the parabola through three."""
     (first, below), (last, part) = points[-2:]
     slope = max(part - below, 0.0) / max(last - first, 1e-9)
-    if (
-        is_traced
-    ):  # what an allocator keeps weighs on small trials more than on large ones: it must not flatten the line
+    if is_traced:  # what an allocator keeps weighs more on small trials, and must not flatten the line
         return part + max(slope, min(1.0, part / last)) * (at - last)
     bend = 0.0
     if len(points) == 3:

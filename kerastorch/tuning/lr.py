@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from statistics import median
 from typing import Any
 
 import torch
@@ -18,16 +17,17 @@ from torch import Tensor
 from ..callbacks.base import Callback
 from ..checks import is_count, refuse_accumulation, size_at
 from ..data import open_data
-from .curve import METHODS, ROUNDING, end_of, smoothed, trimmed, valley, why_silent
+from .curve import METHODS, ROUNDING, end_of, noise_of, smoothed, trimmed, valley, why_silent
 from .rehearsal import fit_quietly, rehearsing, without_schedules
 
+PATIENCE = 100  # batches for the first step of an optimizer
 READ_EVERY = 10  # steps between two reads of losses from the device
 MOST_STEPS = 100  # of a run that confirms a rate; fewer favour rates that are too high or too low, by problem
 LEAST_STEPS = 30  # where an epoch has fewer
 MOST_RATES = 10  # confirmed, before the search is content with what it has
 FINEST = 10 ** (1 / 8)  # between two rates: about as far apart as losses are within a tenth of one another
 WIDTHS = (4, 2, 1)  # of the steps from a rate to its neighbours, in finest ones: first half a decade
-AS_GOOD = 1.1  # times the lowest loss: rates of the range that is shown
+AS_GOOD = 0.1  # of the lowest loss, above it: rates of the range that is shown
 MODES = ("exponential", "linear")
 
 
@@ -37,6 +37,7 @@ class LearningRate:
     Attributes:
         lr: The rate to take; `None` where there is no answer.
         reason: Why the curve alone gives no answer; "" where it does.
+        refuted: Why the short runs gave none; "" where they did, or there were none.
         lrs: Rates of the sweep, ascending, those of the optimizer's first group.
         losses: The loss before the step at each rate, as it was.
         smoothed: The same, smoothed.
@@ -51,8 +52,9 @@ class LearningRate:
         self.optimizer, self._steps = optimizer, steps
         has_diverged = len(self.lrs) < steps or not math.isfinite(self.losses[-1])
         self._rates, self._curve = trimmed(self.lrs, self.smoothed, steps)
+        self.noise = noise_of(self.losses)
         self.reason = why_silent(self.losses, self._curve, steps, has_diverged=has_diverged)
-        self.tried: dict[float, float] = {}
+        self.refuted, self.tried = "", {}
         self.lr: float | None = self.suggestion("valley")
 
     def suggestion(self, method: str | None = None) -> float | None:
@@ -77,9 +79,10 @@ class LearningRate:
         """The lowest and the highest rate that do about as well; `None` where there is no answer."""
         if self.lr is None:
             return None
-        good = [rate for rate, loss in self.tried.items() if loss <= AS_GOOD * self.tried[self.lr]]
+        best = self.tried.get(self.lr, 0.0)
+        good = [rate for rate, loss in self.tried.items() if loss <= best + AS_GOOD * abs(best)]
         good = good or [rate for name in METHODS if (rate := self.suggestion(name)) is not None]
-        return min(good), max(good)
+        return min(self.lr, *good), max(self.lr, *good)
 
     def __repr__(self) -> str:
         of = f", optimizer={self.optimizer!r}" if self.optimizer else ""
@@ -93,6 +96,7 @@ class LearningRate:
         of = f" of {self.optimizer!r}" if self.optimizer else ""
         lines = [
             f"learning rate{of}: {self._words_of(self.lr)}",
+            *([f"by short runs no answer: {self.refuted}"] if self.refuted else []),
             *([f"by the curve alone no answer: {self.reason}"] if self.reason else []),
         ]
         return "\n".join([*lines, tabulate(rows, ("", "rate", "loss"), "simple", disable_numparse=True)])
@@ -159,6 +163,11 @@ def find_lr(
             f"Give a callable that makes a new one."
         )
     fit = _Rehearsed(model, data, y, fit_options)
+    if confirm and not isinstance(confirm, bool) and not fit.is_single:
+        raise ValueError(
+            f"confirm={confirm} was given with several optimizers, whose losses do not tell which rate is better. "
+            f"Leave it out."
+        )
     with rehearsing(model, data) as undo:
         names = fit.names_of(optimizer)
         found = {}
@@ -167,7 +176,7 @@ def find_lr(
             lrs, losses = fit.sweep(name, rates, smoothing, stop_factor)
             undo()
             found[name] = LearningRate(lrs, losses, smoothing, steps, name)
-            if confirm and len(fit.all_names) == 1:  # losses of networks that play against each other do not compare
+            if confirm and fit.is_single:  # losses of networks that play against each other do not compare
                 run_steps = fit.confirming_steps if confirm is True else confirm
                 _confirm(found[name], lambda rate: fit.loss_at(rate, run_steps, undo), min_lr, max_lr)  # noqa: B023
     return found[""] if [*found] == [""] else found[optimizer] if optimizer is not None else found
@@ -207,12 +216,12 @@ def _confirm(found: LearningRate, loss_at: Callable[[float], float], min_lr: flo
             if better == best:
                 break
             best = better
-    untrained = median(found.losses[:READ_EVERY])  # at rates so low that nothing is learned
-    is_deaf = max(losses.values()) - losses[best] <= ROUNDING * abs(losses[best])  # whatever the rate is
     found.tried = {rate_at(place): loss for place, loss in losses.items()}
-    found.lr = rate_at(best) if losses[best] < untrained and not is_deaf else None
-    if found.lr is None:
-        found.reason = found.reason or "no rate has made the loss lower than it is untrained"
+    found.lr = rate_at(best)
+    # Against the lowest rate of all, at which nothing is learned; what follows from noise is not learned either.
+    gained = loss_at(min_lr) - losses[best]
+    if not gained > max(found.noise / READ_EVERY**0.5, ROUNDING * abs(losses[best])):
+        found.lr, found.refuted = None, "no rate has made the loss lower than it is untrained"
 
 
 class _Rehearsed:
@@ -229,9 +238,14 @@ class _Rehearsed:
         accumulate, tbptt_steps = fit_options["accumulate"], model._compiled.tbptt_steps
         refuse_accumulation(accumulate, fit_options["microbatch"], tbptt_steps, model._overrides("train_step"))
         self.all_names = [*model._compiled._makers]
-        reading = model._reading(fit_options["batch_size"], fallback_batch_size=model.batch_size)
+        reading = model._reading(fit_options["batch_size"], model.batch_size)
         data = open_data(data, y, fit_options["sample_weight"], reading)
         self._epoch_steps = data.steps and -(-data.steps // size_at(accumulate, 0))
+
+    @property
+    def is_single(self) -> bool:
+        """Whether one optimizer trains all."""
+        return len(self.all_names) == 1
 
     @property
     def confirming_steps(self) -> int:
@@ -247,10 +261,9 @@ class _Rehearsed:
         if optimizer is None:
             return self.all_names
         if optimizer not in self.all_names:
-            known = ", ".join(map(repr, self.all_names)) if self.all_names != [""] else "one alone, without a name"
-            raise ValueError(
-                f"optimizer={optimizer!r} names no optimizer; there is {known}. Give one of these, or None."
-            )
+            known = ", ".join(map(repr, self.all_names)) if not self.is_single else "one alone, without a name"
+            instead = "Leave it out" if self.is_single else "Give one of these, or None for all"
+            raise ValueError(f"optimizer={optimizer!r} names no optimizer; there is {known}. {instead}.")
         return [optimizer]
 
     def sweep(
@@ -272,9 +285,15 @@ class _Rehearsed:
         without_schedules(self.model)
         watch = _Steps(name, rates, ends_at)
         # The optimizer that steps most often counts, and may do so many times as often as this one.
-        limits = {"epochs": None, "max_steps": len(rates) if len(self.all_names) == 1 else 100 * len(rates)}
+        limits = {"epochs": None, "max_steps": len(rates) if self.is_single else 100 * len(rates)}
         fit_quietly(self.model, self.data, self.y, callbacks=[watch], **limits, **self.fit_options)
-        return watch.read()
+        losses = watch.read()
+        if not losses:
+            raise ValueError(
+                f"optimizer {name!r} has made no step in {watch.batches} batches. Call self.optimizer_step in "
+                f"train_step, from the first epoch on."
+            )
+        return losses
 
 
 class _Steps(Callback):
@@ -291,31 +310,41 @@ class _Steps(Callback):
         self.name, self.rates, self.ends_at = name, rates, ends_at
         self._losses: list[float] = []
         self._taken: list[tuple] = []  # not yet read
-        self._heard: dict[int, list[tuple]] = {}  # turn in a step of the user's own -> sums of losses since its last
-        self._turns: dict[Any, int] = {}  # of each optimizer
-        self._is_over = False
+        # Of a step of the user's own: sums of the losses of its running round, and of those that this optimizer uses.
+        self._round: list[tuple] = []
+        self._heard: list[tuple] = []
+        self._is_round_over = self._is_over = False
+        self.batches = 0
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.model.updates[self.name].optimizer
 
     def on_train_begin(self, logs: Any = None) -> None:
-        first, *others = (float(group["lr"]) for group in self._optimizer.param_groups)
-        self._ratios = [1.0, *(other / first if first else 1.0 for other in others)]
-        self._is_own = self.model._overrides("train_step")
+        self._ratios = ratios_of(self._optimizer)
+        self._patience = PATIENCE * self.model._training.size_of(0)
+        if self.model._own_step is not None:
+            self._listen(self.model._own_step)
 
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        self._calls_before, self._is_within = self._calls, True
+    def _listen(self, own_step: Any) -> None:
+        """One round of backward passes is for all optimizers that are asked to step before the next one."""
+        step = own_step.optimizer_step
 
-    @property
-    def _calls(self) -> int:
-        return self.model._own_step._calls if self._is_own else 0
+        def noted(name: str | None) -> None:
+            if (name or "") == self.name:
+                self._heard += self._round
+            self._is_round_over = True
+            step(name)
+
+        own_step.optimizer_step = noted
 
     def on_before_backward(self, loss: Any) -> None:
-        if self._is_own:
-            samples = self.model._running.samples
-            total = loss.detach().to(self.model._training_tracker.dtype) * samples
-            self._heard.setdefault(self._calls - self._calls_before, []).append((total, samples))
+        if self.model._own_step is None:
+            return
+        if self._is_round_over:
+            self._round, self._is_round_over = [], False
+        samples = self.model._running.samples
+        self._round.append((loss.detach().to(self.model._training_tracker.dtype) * samples, samples))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         step = len(self._losses) + len(self._taken)
@@ -324,11 +353,9 @@ class _Steps(Callback):
 
     def on_before_zero_grad(self, optimizer: Any) -> None:
         # After the step: what evaluates the loss within it has then told its loss, too.
-        if self._is_within:  # else it is what an epoch has left of a window
-            self._turns[optimizer] = self._calls - self._calls_before - 1
-        heard = self._heard.pop(self._turns.get(optimizer, 0), [])
         if optimizer is not self._optimizer or self._is_over:
             return
+        heard, self._heard = self._heard, []
         tracker = self.model._training_tracker
         taken = tracker.take()
         if heard and (len(self.model.updates) > 1 or taken is None):  # the tracker has none of this optimizer's
@@ -337,7 +364,9 @@ class _Steps(Callback):
         self._is_over = len(self._losses) + len(self._taken) == len(self.rates)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._is_within = False
+        self.batches += 1
+        if self.batches >= self._patience and not self._losses and not self._taken:
+            self.model.stop_training = True
         if len(self._taken) >= READ_EVERY or self._is_over:
             self.read()
             self.model.stop_training = self._is_over
@@ -366,10 +395,16 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: Iterable[float]) -> None:
             group["lr"] = rate
 
 
+def ratios_of(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The rates of its parameter groups, in parts of the first that is not 0."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    first = next((rate for rate in rates if rate), None)
+    return [1.0] * len(rates) if first is None else [rate / first for rate in rates]
+
+
 def apply_rate(update: Any, rate: float) -> None:
     """Gives an optimizer, and the schedule of it, another rate; parameter groups keep their ratios."""
-    first, *others = (float(group["lr"]) for group in update.optimizer.param_groups)
-    rates = [rate, *(rate * other / first if first else rate for other in others)]
+    rates = [rate * ratio for ratio in ratios_of(update.optimizer)]
     if update.schedule is None:
         set_rates(update.optimizer, rates)
     else:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..callbacks.base import SIGNALS
+from ..samples import generators_in
 from ..untouched import parts_of, sources_of, untouched
 
 
@@ -30,16 +31,19 @@ def rehearsing(model: Any, *data: Any, on_host: bool = False) -> Iterator[Callab
     states += [] if compiled is None or compiled.scaler is None else [compiled.scaler]
     states += [one for tracker in (model._training_tracker, model._evaluation_tracker) for one in _metrics(tracker)]
     attributes = [part for one in (*data, model.backend) for part in sources_of(one)]
-    with untouched([*parts_of(model), *states], attributes, device=model.backend.device, on_host=on_host) as undo:
+    generators, options = generators_in([*data, model.module]), {"device": model.backend.device, "on_host": on_host}
+    with untouched([*parts_of(model), *states], attributes, generators, **options) as undo:
         yield undo
 
 
 def fit_quietly(model: Any, data: Any, y: Any, **options: Any) -> None:
     """`fit` without a word; a signal that would have ended it early ends the search that it is part of."""
+    # Not the one of a subclass, which may call the search.
+    own = next(one for one in type(model).__mro__ if one.__module__ == f"{__package__.partition('.')[0]}.model")
     model._finds_lr = False  # with `lr="auto"` each of them would find a rate first
     with warnings.catch_warnings():  # they come again in the run that is to follow
         warnings.simplefilter("ignore")
-        history = model.fit(data, y, verbose=0, **options)
+        history = own.fit(model, data, y, verbose=0, **options)
     if history.stopped_by == "interrupt":
         raise KeyboardInterrupt
     if history.stopped_by in SIGNALS:

@@ -227,7 +227,11 @@ def test_a_loss_that_still_falls_at_the_highest_rate_gives_none():
     assert silence(np.linspace(2, 1, 100), has_diverged=False) == "the loss still falls at max_lr: give a higher one"
 
 
-@pytest.mark.parametrize("losses", [[math.nan], [2.0, math.inf], [2.0, 2.0, 2.0, 50.0, 90.0]])
+def test_a_first_loss_that_is_not_finite_is_no_matter_of_rates():
+    assert silence([math.nan]) == "the first loss is nan: look for NaN in data and weights"
+
+
+@pytest.mark.parametrize("losses", [[2.0, math.inf], [2.0, 2.0, 2.0, 50.0, 90.0]])
 def test_a_loss_that_diverges_at_once_gives_none(losses):
     said = silence(losses)
     assert said == f"the loss diverged at once, after {len(losses)} of 100 steps: give a lower min_lr"
