@@ -207,7 +207,7 @@ def of_heads(output, digit, size):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_losses_of_several_outputs_are_added_by_their_weights(digits, accumulate):
     x, y = as_doubles(digits)
-    net, size = Heads().double(), y[:, None] / 10.0
+    net, size = Heads().double(), y[:, None].double() / 10.0
     losses = {"digit": "cross_entropy", "size": ("mse", 0.3)}
     model = compiled(net, loss=losses, metrics={"digit": ["accuracy"]}, precision="64")
     found = found_by(model, x, {"digit": y, "size": size}, accumulate=accumulate)
