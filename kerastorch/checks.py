@@ -25,6 +25,12 @@ def refuse_nonpositive(**arguments: Any) -> None:
             raise ValueError(f"{name}={value} is less than 1. Give a whole number from 1 up.")
 
 
+def refuse_no_batch_size(batch_size: Any, validation_batch_size: Any) -> None:
+    """Each must be an int of at least 1, or `None`; that of training may be "auto"."""
+    is_auto = isinstance(batch_size, str) and batch_size == "auto"
+    refuse_nonpositive(batch_size=None if is_auto else batch_size, validation_batch_size=validation_batch_size)
+
+
 def refuse_no_split(split: Any) -> None:
     """`validation_split` must be a fraction."""
     if isinstance(split, bool) or not isinstance(split, Real) or not 0 <= split < 1:

@@ -10,6 +10,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -352,8 +353,7 @@ class Model:
         """
         self._refuse_uncompiled("fit")
         bounds = limits.limits(epochs, initial_epoch, min_epochs, min_steps, max_steps, max_time, dry_run)
-        chosen_size = None if batch_size == "auto" else batch_size
-        checks.refuse_nonpositive(batch_size=chosen_size, validation_batch_size=validation_batch_size)
+        checks.refuse_no_batch_size(batch_size, validation_batch_size)
         checks.refuse_no_split(validation_split)
         checks.refuse_class_weight(class_weight)
         checks.refuse_accumulation(accumulate, microbatch, self._compiled.tbptt_steps, self._overrides("train_step"))
@@ -364,10 +364,8 @@ class Model:
 
         split_off = 0.0 if validation_data is not None else validation_split
         options = {"accumulate": accumulate, "microbatch": microbatch, "class_weight": class_weight, "shuffle": shuffle}
-        if not dry_run:
-            self._find((data, y, sample_weight), batch_size, split_off, resume, **options)
-        data, shuffle = self._sized(data), shuffle and not overfit_batches
-        reading = self._reading(chosen_size, self.batch_size, shuffle=shuffle, class_weight=class_weight)
+        data, batch_size = self._found((data, y, sample_weight), batch_size, split_off, resume, dry_run, **options)
+        reading = self._reading(batch_size, self.batch_size, shuffle=shuffle, class_weight=class_weight)
         held_out = as_pair(validation_data), validation_split, validation_batch_size
         opened, validated = self._open((data, y, sample_weight), reading, held_out, callbacks, overfit_batches)
         taken = limits.portion("steps_per_epoch", steps_per_epoch, opened.steps)
@@ -385,9 +383,8 @@ class Model:
         self._refuse_unfit(callbacks, validated is not None)
         training = self._training_recipe(self._training_tracker, hooks, accumulate, taken.batches, microbatch)
         step = self._step(training, accumulate, microbatch)
-        is_whole = taken.batches == opened.steps and not overfit_batches
-        last_batch = preflight.last_batch_size(data, chosen_size, split_off) if is_whole else None
-        hints = preflight.first_batch_hints(training, last_batch)
+        whole = taken.batches == opened.steps and not overfit_batches
+        hints = preflight.first_batch_hints(training, whole and preflight.last_batch_size(data, batch_size, split_off))
         self._expect(opened, validated)
         with scopes.no_trace(self, dry_run, opened.generators), scopes.training(self, training, step, opened), hints:
             validation = validated and self._validation(validated, checked.batches, when, hooks, sanity_steps)
@@ -396,9 +393,8 @@ class Model:
             self.epochs_trained = max(self.epochs_trained, initial_epoch)
             run = self._begin_run(training, step, opened, taken, validated, initial_epoch)
             saved = find_saved(resume, callbacks, run)
-            goes_on = partial(run.go_on, *saved) if saved else None
-            options = {"validation": validation, "step": self.backend.alone(step), "resume": goes_on, "limits": bounds}
-            options["steps_per_epoch"] = taken.asked_for
+            options = {"validation": validation, "step": self.backend.alone(step), "limits": bounds}
+            options |= {"resume": saved and partial(run.go_on, *saved), "steps_per_epoch": taken.asked_for}
             return loop.fit(self, training, run.passes.epoch, self.history, run.position, **options)
 
     def train_on_batch(
@@ -444,21 +440,29 @@ class Model:
 
     # Choosing by trying.
 
-    def _find(
-        self, source: tuple, batch_size: Any, split_off: float, resume: Any, shuffle: bool, **options: Any
-    ) -> None:
-        """Before a `fit`: the batch size that it was asked to find, and the rate that `compile` was."""
+    def _found(
+        self,
+        source: tuple,
+        batch_size: Any,
+        split_off: float,
+        resume: Any,
+        dry_run: Any,
+        *,
+        shuffle: bool,
+        **options: Any,
+    ) -> tuple[Any, int | None]:
+        """Before a `fit`: its data and batch size, once it is found what it, or `compile`, was asked to find."""
+        finds_size, batch_size = batch_size == "auto", None if batch_size == "auto" else batch_size
         self._finds_lr &= not isinstance(resume, (str, os.PathLike))  # else the rate is that of the file
-        if batch_size != "auto" and not self._finds_lr:
-            return
-        data, y, weight = split_tail(*source, split_off)[0] if split_off else source
-        if batch_size == "auto":
-            batch_size = None
-            self.find_batch_size(data, y, sample_weight=weight, **options)
-            self._sized_loader = weakref.ref(source[0]) if isinstance(source[0], DataLoader) else _nobody
-            data = self._sized(data, always=True)
-        if self._finds_lr:
-            self.find_lr(data, y, batch_size=batch_size, sample_weight=weight, shuffle=shuffle, **options)
+        if (finds_size or self._finds_lr) and not dry_run:
+            data, y, weight = split_tail(*source, split_off)[0] if split_off else source
+            if finds_size:
+                self.find_batch_size(data, y, sample_weight=weight, **options)
+                self._sized_loader = weakref.ref(source[0]) if isinstance(source[0], DataLoader) else _nobody
+                data = self._sized(data, always=True)
+            if self._finds_lr:
+                self.find_lr(data, y, batch_size=batch_size, sample_weight=weight, shuffle=shuffle, **options)
+        return self._sized(source[0]), batch_size
 
     def _sized(self, data: Any, always: bool = False) -> Any:
         """The loader that `find_batch_size` was given, with the size it found; anything else as it is."""
@@ -1173,7 +1177,7 @@ class Model:
     ) -> tuple[Data, Data | None]:
         """The data to train on, and that to validate on: given by itself, or split off, or none, or the same."""
         if overfit_batches:
-            opened = open_data(in_order(source[0]), *source[1:], reading)
+            opened = open_data(in_order(source[0]), *source[1:], replace(reading, shuffle=False))
             number = limits.portion("overfit_batches", overfit_batches, opened.steps).batches
             batches, _ = first_batches(opened, number)
             opened = Data(lambda number, start=0: iter(batches[start:]), len(batches), opened.targets)

@@ -22,7 +22,7 @@ PATIENCE_STEPS = 100  # of an optimizer, within which each of its parameters sho
 
 
 @contextmanager
-def first_batch_hints(training: Recipe, last_batch: int | None = None) -> Iterator[None]:
+def first_batch_hints(training: Recipe, last_batch: int | bool | None = None) -> Iterator[None]:
     """Warns, once a run, of parameters that get no gradient, and of a last batch that BatchNorm cannot take.
 
     A parameter that only some batches use is not warned of once one has used it. The hooks that look are gone after
@@ -30,7 +30,7 @@ def first_batch_hints(training: Recipe, last_batch: int | None = None) -> Iterat
 
     Args:
         training: What the steps of the run are made of; its hooks are those of this run alone.
-        last_batch: Samples in the last batch of an epoch, from `last_batch_size`; `None` = not known.
+        last_batch: Samples in the last batch of an epoch, from `last_batch_size`; nothing = not known or not reached.
     """
     unused = _Unused(training)
     handles = _watch_norms(training.module) if last_batch == 1 else []

@@ -7,6 +7,7 @@ really taken gives its scale. A module that cannot be traced gets a curve throug
 from __future__ import annotations
 
 import copy
+from bisect import bisect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -52,10 +53,11 @@ class Forecast:
         """What a step of this batch size will take; `None` = nobody knows yet."""
         if size in self._known:
             return self._known[size]
-        *curve, at = self._curve([*sorted(self._known)[-3:], size])
+        near = self._tried_near(size)
+        *curve, at = self._curve([*near, size])
         if not self.is_known:
             return None
-        points = [*zip(curve, (self._known[one] for one in sorted(self._known)[-3:]), strict=True)]
+        points = [*zip(curve, (self._known[one] for one in near), strict=True)]
         if len(points) > 1:
             return _through(points, at, is_traced=self._traced is not None)
         if not points:
@@ -63,6 +65,12 @@ class Forecast:
         ((was, part),) = points
         # What differs may be a factor or a constant: the one that leaves less for larger sizes.
         return max(part * at / was, part + at - was if at > was else 0.0)
+
+    def _tried_near(self, size: int) -> list[int]:
+        """The last two sizes tried below it, and the first above; where none is, the ends of what was tried."""
+        tried = sorted(self._known)
+        end = max(bisect(tried, size) + 1, 2)
+        return tried[:end][-3:]
 
     def _curve(self, sizes: list[int]) -> list[float]:
         """What a trace says of these sizes; where it cannot of all, from then on the sizes themselves."""
@@ -95,10 +103,10 @@ def _through(points: list[tuple[float, float]], at: float, is_traced: bool) -> f
     """The value at `at` of the line through the last two points; of sizes alone, of the parabola through three."""
     (first, below), (last, part) = points[-2:]
     slope = max(part - below, 0.0) / max(last - first, 1e-9)
-    if is_traced:  # what an allocator keeps weighs more on small trials, and must not flatten the line
+    if is_traced and at > last:  # what an allocator keeps weighs more on small trials, and must not flatten the line
         return part + max(slope, min(1.0, part / last)) * (at - last)
     bend = 0.0
-    if len(points) == 3:
+    if len(points) == 3 and not is_traced:
         before, lowest = points[0]
         bend = max(slope - (below - lowest) / (first - before), 0.0) / (last - before)
     return part + slope * (at - last) + bend * (at - last) * (at - first)

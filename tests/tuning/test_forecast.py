@@ -86,6 +86,13 @@ def test_only_the_last_three_trials_count() -> None:
     assert forecast.part_at(400) == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize("traced", [None, quadratic])
+def test_between_trials_it_is_between_what_they_took(traced) -> None:
+    forecast = learned(traced, (100, 0.01), (1000, 1.0), (1400, 2.1), (1500, 2.0))  # the last two contradict a growth
+    assert 0.01 < forecast.part_at(500) < forecast.part_at(700) < 1.0 < forecast.part_at(1200) < 2.1
+    assert forecast.part_at(1450) == pytest.approx(2.1, abs=0.11) and forecast.part_at(3000) >= 2.0
+
+
 def test_trials_that_took_next_to_nothing_say_next_to_nothing() -> None:
     assert learned(None, (2, 0.001), (4, 0.002)).is_vague
     assert not learned(affine, (2, 0.001), (4, 0.002)).is_vague
