@@ -20,11 +20,12 @@ from ..checks import refuse_nonpositive, size_at
 from ..data import first_batches, open_data, with_batches_of
 from ..memory import free_memory, is_out_of_memory
 from .budget import Peak, as_bytes, free_bytes, in_words, limited
-from .forecast import Forecast, traced_bytes
+from .forecast import NOISE, Forecast, traced_bytes
 from .rehearsal import fit_quietly, rehearsing, synchronize, without_schedules
 
 NEAR_BEST = 0.97  # of the best throughput: as good, for all that three steps can tell
 FIRST, SURE = 0.4, 0.7  # of the memory there is, by a forecast for which nothing was measured yet
+FAR = 1.5  # times what was tried: beyond it, a curve through trials alone may turn out to be quadratic, as attention is
 GROWTH = 4  # at most so many times what was tried, where that took too little to tell how it goes on
 MOST = 2**14  # samples in a batch, of data that does not tell how many it has, and may have no end
 PATIENCE = 10  # times as many batches as steps, for a step of one's own that asks for none
@@ -264,7 +265,11 @@ def predict(known: Bracket) -> int | None:
     most = min(GROWTH * low, top) if forecast.is_vague else top
     if forecast.largest_within(1.0, most) - low <= known.margin * low:
         return None if known.high is None or most < top else binsearch(known)
-    wanted = max(forecast.largest_within(1.0 - known.margin / 2, most), low + 1)
+    aim = 1.0 - known.margin / 2
+    wanted = forecast.largest_within(aim, most)
+    if not forecast.is_traced:
+        wanted = min(wanted, int(low * max(FAR, (aim / max(forecast.part_at(low), NOISE)) ** 0.5)))
+    wanted = max(wanted, low + 1)
     return binsearch(known) if known.high is not None and wanted >= top else wanted
 
 

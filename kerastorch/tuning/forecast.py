@@ -38,12 +38,17 @@ class Forecast:
     @property
     def is_known(self) -> bool:
         """Whether it can tell anything."""
-        return self._traced is not None or len(self._known) > 1
+        return self.is_traced or len(self._known) > 1
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether a trace tells the shape of the curve."""
+        return self._traced is not None
 
     @property
     def is_vague(self) -> bool:
         """Whether its trials, without a trace, took too little to tell how it goes on."""
-        return self._traced is None and sum(part >= NOISE for part in self._known.values()) < 2
+        return not self.is_traced and sum(part >= NOISE for part in self._known.values()) < 2
 
     def learn(self, size: int, part: float) -> None:
         """Takes in what a trial has really taken."""
@@ -59,7 +64,7 @@ class Forecast:
             return None
         points = [*zip(curve, (self._known[one] for one in near), strict=True)]
         if len(points) > 1:
-            return _through(points, at, is_traced=self._traced is not None)
+            return _through(points, at, self.is_traced)
         if not points:
             return at
         ((was, part),) = points

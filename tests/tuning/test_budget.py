@@ -191,39 +191,36 @@ def test_what_is_taken_beyond_a_limit_is_an_error() -> None:
 
 
 BUDGET, SAMPLES = 400_000_000, 8000
-KINDS = ("quadratic", "affine", "constant")
+LARGE, MANY = 1_000_000_000, 20_000  # where one tensor of so many samples is more than the C library keeps when freed
+KINDS = ("quadratic", "affine", "constant", "untraceable")
 
 
 @pytest.fixture(scope="module")
 def budgeted() -> dict:
-    return in_process("budgeted", str(BUDGET), str(SAMPLES), *KINDS)
+    return in_process("budgeted", str(BUDGET), str(SAMPLES), "affine", "constant") | in_process(
+        "budgeted", str(LARGE), str(MANY), "quadratic", "untraceable"
+    )
 
 
 @LINUX
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_forecast_finds_the_true_maximum_in_three_trials_within_the_budget(budgeted, kind) -> None:
+def test_the_true_maximum_is_found_within_the_budget(budgeted, kind) -> None:
     found = budgeted[kind]
-    if kind == "quadratic":  # its peak may differ by one of its tensors from one run to the next
-        assert len(found["run"]) <= 5, found["table"]
-        assert all(peak <= 1.1 * BUDGET for _, _, peak in found["run"]), found["table"]
-        return
-    assert len(found["run"]) <= 3, found["table"]
-    assert all(fits and peak <= BUDGET for _, fits, peak in found["run"]), found["table"]
+    assert all(fits and peak <= found["budget"] for _, fits, peak in found["run"]), found["table"]
     assert found["found"] in [size for size, _, _ in found["run"]]
-    assert found["above"] is None or found["above"] > BUDGET, found["table"]
-    assert found["budget"] == BUDGET
+    assert found["above"] is None or found["above"] > found["budget"], found["table"]  # what is 6% larger
+    assert found["budget"] == (BUDGET if kind in ("affine", "constant") else LARGE)
+
+
+@LINUX
+@pytest.mark.parametrize(("kind", "most"), [*zip(KINDS, (3, 3, 1, 10), strict=True)])
+def test_a_forecast_leaves_few_trials(budgeted, kind, most) -> None:
+    assert len(budgeted[kind]["run"]) <= most, budgeted[kind]["table"]
 
 
 @LINUX
 def test_what_does_not_grow_with_the_batch_takes_all_samples(budgeted) -> None:
-    assert budgeted["constant"]["found"] == SAMPLES and len(budgeted["constant"]["run"]) == 1
-
-
-@LINUX
-def test_trials_alone_find_it_where_nothing_can_be_traced() -> None:
-    found = in_process("budgeted", "200000000", "8000", "untraceable")["untraceable"]
-    assert found["above"] > 0.8 * 200_000_000, found["table"]
-    assert all(peak <= 200_000_000 for _, fits, peak in found["run"] if fits) and len(found["run"]) <= 10
+    assert budgeted["constant"]["found"] == SAMPLES
 
 
 @LINUX
