@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +121,16 @@ def address_space(mode: str) -> dict:
         "loss": history.history["loss"],
         "limit": resource.getrlimit(resource.RLIMIT_AS)[0] == limit,
     }
+
+
+def container(group: str, kind: str, times: str) -> dict:
+    """In a control group, then so many times the batch that was found: what takes more than the limit is killed."""
+    Path(group, "cgroup.procs").write_text(str(os.getpid()))
+    model, data = model_of(kind), data_of(20_000)
+    found = model.find_batch_size(*data)
+    peak = peak_of(model, data, int(found * float(times)))
+    run = [[one.size, one.fits, one.peak_bytes] for one in found.trials if one.was_run]
+    return {"found": int(found), "run": run, "table": str(found), "budget": found.budget_bytes, "peak": peak}
 
 
 def over_allocation() -> dict:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -175,10 +178,14 @@ def test_without_a_budget_nothing_is_limited() -> None:
 # In processes of their own, whose memory nothing else has touched.
 
 
-def in_process(*arguments: str, limit_s: float = 120) -> dict:
+def run(*arguments: str, limit_s: float = 120) -> subprocess.CompletedProcess:
     command = [sys.executable, str(Path(__file__).with_name("limited.py")), *arguments]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
+
+
+def in_process(*arguments: str) -> dict:
+    ran = run(*arguments)
     assert ran.returncode == 0, ran.stderr[-4000:]
     return json.loads(ran.stdout.splitlines()[-1])
 
@@ -230,3 +237,36 @@ def test_a_process_with_a_limit_of_its_own_lives() -> None:
     assert found["found"] > 1 and all(peak <= found["budget"] for _, fits, peak in found["run"] if fits)
     assert max(peak for _, fits, peak in found["run"] if fits) > 0.6 * found["budget"]
     assert len(found["loss"]) == 1
+
+
+@pytest.fixture
+def control_group() -> Iterator[Path]:
+    """A control group whose processes have 900 MB, as a container's have."""
+    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(root, f"kerastorch-test-{os.getpid()}")
+        try:
+            group.mkdir()
+            (group / limit).write_text("900000000")
+        except OSError:  # no such version, or not allowed
+            if group.exists():
+                group.rmdir()
+            continue
+        yield group
+        group.rmdir()
+        return
+    pytest.skip("no control group can be made here")
+
+
+@LINUX
+@pytest.mark.parametrize("kind", ["affine", "untraceable"])
+def test_a_process_in_a_container_lives(control_group, kind) -> None:
+    found = json.loads(run("container", str(control_group), kind, "1").stdout.splitlines()[-1])
+    assert 300_000_000 < found["budget"] < 900_000_000
+    assert all(fits and peak <= found["budget"] for _, fits, peak in found["run"]), found["table"]
+    assert max(peak for _, _, peak in found["run"]) > 0.9 * found["budget"], found["table"]
+    assert found["found"] in [size for size, _, _ in found["run"]]
+
+
+@LINUX
+def test_a_process_in_a_container_does_not_live_with_more_than_was_found(control_group) -> None:
+    assert run("container", str(control_group), "affine", "1.6").returncode == -signal.SIGKILL
