@@ -41,6 +41,7 @@ from .arguments import (
 )
 from .callbacks.base import hooks_of
 from .callbacks.debugging import nan_finders
+from .callbacks.messages import say
 from .callbacks.progress import is_notebook, progress_for
 from .compilation import Compiled
 from .computation import Overridden
@@ -363,8 +364,8 @@ class Model:
         callbacks = as_list(callbacks)
 
         split_off = 0.0 if validation_data is not None else validation_split
-        options = {"accumulate": accumulate, "microbatch": microbatch, "class_weight": class_weight, "shuffle": shuffle}
-        data, batch_size = self._found((data, y, sample_weight), batch_size, split_off, resume, dry_run, **options)
+        how = {"accumulate": accumulate, "microbatch": microbatch, "class_weight": class_weight, "shuffle": shuffle}
+        data, batch_size = self._found((data, y, sample_weight), batch_size, split_off, resume, dry_run, verbose, **how)
         reading = self._reading(batch_size, self.batch_size, shuffle=shuffle, class_weight=class_weight)
         held_out = as_pair(validation_data), validation_split, validation_batch_size
         opened, validated = self._open((data, y, sample_weight), reading, held_out, callbacks, overfit_batches)
@@ -447,6 +448,7 @@ class Model:
         split_off: float,
         resume: Any,
         dry_run: Any,
+        verbose: Any,
         *,
         shuffle: bool,
         **options: Any,
@@ -456,12 +458,16 @@ class Model:
         self._finds_lr &= not isinstance(resume, (str, os.PathLike))  # else the rate is that of the file
         if (finds_size or self._finds_lr) and not dry_run:
             data, y, weight = split_tail(*source, split_off)[0] if split_off else source
+            tell = say if verbose else lambda title: None
             if finds_size:
-                self.find_batch_size(data, y, sample_weight=weight, **options)
+                found = self.find_batch_size(data, y, sample_weight=weight, **options)
+                tell(found.title)
                 self._sized_loader = weakref.ref(source[0]) if isinstance(source[0], DataLoader) else _nobody
                 data = self._sized(data, always=True)
             if self._finds_lr:
-                self.find_lr(data, y, batch_size=batch_size, sample_weight=weight, shuffle=shuffle, **options)
+                found = self.find_lr(data, y, batch_size=batch_size, sample_weight=weight, shuffle=shuffle, **options)
+                for one in found.values() if isinstance(found, dict) else [found]:
+                    tell(one.title)
         return self._sized(source[0]), batch_size
 
     def _sized(self, data: Any, always: bool = False) -> Any:

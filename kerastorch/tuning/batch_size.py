@@ -73,6 +73,12 @@ class BatchSize(int):
         best = max((one.samples_per_s for one in measured), default=0.0)
         return min((one.size for one in measured if one.samples_per_s >= NEAR_BEST * best), default=int(self))
 
+    @property
+    def title(self) -> str:
+        """What was found, in a line."""
+        budget = "" if self.budget_bytes is None else f" of {in_words(self.budget_bytes)}"
+        return f"batch size {int(self)}{budget}; as fast from {self.throughput_best} on"
+
     def __repr__(self) -> str:
         return f"BatchSize({int(self)}, per_rank={self.per_rank}, throughput_best={self.throughput_best})"
 
@@ -93,9 +99,7 @@ class BatchSize(int):
             )
             for one in self.trials
         ]
-        budget = "" if self.budget_bytes is None else f" of {in_words(self.budget_bytes)}"
-        title = f"batch size {int(self)}{budget}; as fast from {self.throughput_best} on"
-        return f"{title}\n{tabulate(rows, names, 'simple', disable_numparse=True, stralign='right')}"
+        return f"{self.title}\n{tabulate(rows, names, 'simple', disable_numparse=True, stralign='right')}"
 
     def _remark(self, trial: Trial) -> str:
         if trial.size == int(self):

@@ -84,6 +84,11 @@ class LearningRate:
         good = good or [rate for name in METHODS if (rate := self.suggestion(name)) is not None]
         return min(self.lr, *good), max(self.lr, *good)
 
+    @property
+    def title(self) -> str:
+        """What was found, in a line."""
+        return f"learning rate{f' of {self.optimizer!r}' if self.optimizer else ''}: {self._words_of(self.lr)}"
+
     def __repr__(self) -> str:
         of = f", optimizer={self.optimizer!r}" if self.optimizer else ""
         return f"<LearningRate {self._words_of(self.lr)}{of}>"
@@ -93,9 +98,8 @@ class LearningRate:
 
         rows = [(f"{name}, by the curve", self._words_of(self.suggestion(name)), "") for name in METHODS]
         rows += [("confirmed", f"{rate:.3g}", f"{loss:.4g}") for rate, loss in sorted(self.tried.items())]
-        of = f" of {self.optimizer!r}" if self.optimizer else ""
         lines = [
-            f"learning rate{of}: {self._words_of(self.lr)}",
+            self.title,
             *([f"by short runs no answer: {self.refuted}"] if self.refuted else []),
             *([f"by the curve alone no answer: {self.reason}"] if self.reason else []),
         ]

@@ -93,12 +93,18 @@ def test_a_sample_that_is_left_over_is_no_batch_of_a_trial(samples, mode):
     assert model_of(module).find_batch_size(X[:samples], Y[:samples], mode=mode) == samples
 
 
+class Untraced(kt.Model):
+    def train_step(self, batch):
+        self.backward(((self.module(batch[0]) - batch[1]) ** 2).mean())
+        self.optimizer_step()
+
+
 def test_too_few_trials_are_not_too_little_memory():
     module = nn.Sequential(nn.Linear(4, 4096), nn.Linear(4096, 1))
     x = torch.rand(20000, 4)
     options = {"memory": "50MB", "mode": "power", "init": 10000, "max_trials": 1}
     with pytest.raises(ValueError, match="none of max_trials=1 trials has fitted"):
-        model_of(module).find_batch_size(x, x.sum(1, keepdim=True), **options)
+        model_of(module, Untraced).find_batch_size(x, x.sum(1, keepdim=True), **options)
 
 
 class Jitter:
@@ -151,6 +157,23 @@ def test_auto_searches_what_is_trained_on():
     model = model_of(lr="auto")
     history = model.fit(X, Y, batch_size="auto", validation_split=0.5, verbose=0)
     assert f"{model.batch_size}" == "100" and history.params["steps"] == 1
+
+
+@pytest.mark.parametrize("verbose", [0, 2])
+def test_auto_tells_in_a_line_each_what_was_found(capsys, verbose):
+    model = model_of(lr="auto")
+    model.fit(X, Y, batch_size="auto", verbose=verbose)
+    told, rate = capsys.readouterr().out.splitlines(), model.optimizer.param_groups[0]["lr"]
+    lines = [model.batch_size.title, f"learning rate: {rate:.3g}"]
+    assert told[:2] == lines and len(told) == 3 if verbose else not told
+
+
+def test_auto_tells_of_each_optimizer(capsys):
+    module = nn.ModuleDict({"encoder": nn.Linear(4, 2), "decoder": nn.Linear(2, 4)})
+    optimizers = {"encoder": "adam", "decoder": "adam"}
+    model_of(module, OneLossForTwo, optimizer=optimizers, loss=None, lr="auto").fit(X, verbose=2)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in told[:2]] == [f"learning rate of {name!r}" for name in optimizers]
 
 
 def test_a_loader_that_has_its_size_is_swept_with_it():
