@@ -141,14 +141,14 @@ class BatchSize(int):
 def find_batch_size(
     model: Any,
     data: Any,
-    y: Any = None,
+    y: Any,
     *,
-    mode: str = "predict",
-    steps_per_trial: int = 3,
-    max_trials: int = 25,
-    init: int = 2,
-    margin: float = 0.05,
-    memory: int | str | None = None,
+    mode: str,
+    steps_per_trial: int,
+    max_trials: int,
+    init: int,
+    margin: float,
+    memory: int | str | None,
     **fit_options: Any,
 ) -> BatchSize:
     """What `Model.find_batch_size` returns; see there."""
