@@ -54,7 +54,7 @@ from .passes import Passes
 from .patterns import norms_inside, parameters_of
 from .position import Position
 from .precision import scaled_backward
-from .resume import Run, find_saved
+from .resume import Run, find_saved, newest_saved
 from .samples import generators_in
 from .seeding import random_state_kept, seed_of_order
 from .state import refuse_unlike, reshaped_of, restore, state_of
@@ -361,14 +361,14 @@ class Model:
         checks.refuse_halving(microbatch, self.backend)
         limits.refuse_no_amounts(steps_per_epoch, validation_steps, sanity_steps, overfit_batches, dry_run)
         checks.refuse_resumed_dry_run(resume, dry_run)
-        callbacks = as_list(callbacks)
+        source, callbacks = (data, y, sample_weight), as_list(callbacks)
 
-        split_off = 0.0 if validation_data is not None else validation_split
+        split = 0.0 if validation_data is not None else validation_split
         how = {"accumulate": accumulate, "microbatch": microbatch, "class_weight": class_weight, "shuffle": shuffle}
-        data, batch_size = self._found((data, y, sample_weight), batch_size, split_off, resume, dry_run, verbose, **how)
+        source, batch_size = self._found(source, batch_size, split, resume, callbacks, dry_run, verbose, **how)
         reading = self._reading(batch_size, self.batch_size, shuffle=shuffle, class_weight=class_weight)
         held_out = as_pair(validation_data), validation_split, validation_batch_size
-        opened, validated = self._open((data, y, sample_weight), reading, held_out, callbacks, overfit_batches)
+        opened, validated = self._open(source, reading, held_out, callbacks, overfit_batches)
         taken = limits.portion("steps_per_epoch", steps_per_epoch, opened.steps)
         when = limits.frequency(validation_freq, taken.batches)
         validated = None if validation_steps == 0 else validated
@@ -385,7 +385,7 @@ class Model:
         training = self._training_recipe(self._training_tracker, hooks, accumulate, taken.batches, microbatch)
         step = self._step(training, accumulate, microbatch)
         whole = taken.batches == opened.steps and not overfit_batches
-        hints = preflight.first_batch_hints(training, whole and preflight.last_batch_size(data, batch_size, split_off))
+        hints = preflight.first_batch_hints(training, whole and preflight.last_batch_size(source[0], batch_size, split))
         self._expect(opened, validated)
         with scopes.no_trace(self, dry_run, opened.generators), scopes.training(self, training, step, opened), hints:
             validation = validated and self._validation(validated, checked.batches, when, hooks, sanity_steps)
@@ -447,28 +447,37 @@ class Model:
         batch_size: Any,
         split_off: float,
         resume: Any,
+        callbacks: list[Any],
         dry_run: Any,
         verbose: Any,
         *,
         shuffle: bool,
         **options: Any,
-    ) -> tuple[Any, int | None]:
+    ) -> tuple[tuple, int | None]:
         """Before a `fit`: its data and batch size, once it is found what it, or `compile`, was asked to find."""
         finds_size, batch_size = batch_size == "auto", None if batch_size == "auto" else batch_size
-        self._finds_lr &= not isinstance(resume, (str, os.PathLike))  # else the rate is that of the file
         if (finds_size or self._finds_lr) and not dry_run:
             data, y, weight = split_tail(*source, split_off)[0] if split_off else source
+            for saving in (one for one in callbacks if hasattr(one, "backups") or hasattr(one, "saved_files")):
+                saving.set_model(self)  # by which it knows its files
+            saved = newest_saved(resume, callbacks, self.backend.collect)
+            self._finds_lr &= saved is None  # else the rate is that of the run that goes on, and the size, too
+            before = saved and (saved[0].get("run") or {}).get("batch_size")
             tell = say if verbose else lambda title: None
             if finds_size:
-                found = self.find_batch_size(data, y, sample_weight=weight, **options)
-                tell(found.title)
-                self._sized_loader = weakref.ref(source[0]) if isinstance(source[0], DataLoader) else _nobody
+                size = BatchSize(before) if before else self.find_batch_size(data, y, sample_weight=weight, **options)
+                self._take_size(size, source[0])
                 data = self._sized(data, always=True)
+                tell(size.title)
             if self._finds_lr:
                 found = self.find_lr(data, y, batch_size=batch_size, sample_weight=weight, shuffle=shuffle, **options)
                 for one in found.values() if isinstance(found, dict) else [found]:
                     tell(one.title)
-        return self._sized(source[0]), batch_size
+        return (self._sized(source[0]), *source[1:]), batch_size
+
+    def _take_size(self, size: BatchSize, data: Any) -> None:
+        """From now on each `fit` that is given none takes this batch size; of loaders, with this one alone."""
+        self.batch_size, self._sized_loader = size, weakref.ref(data) if isinstance(data, DataLoader) else _nobody
 
     def _sized(self, data: Any, always: bool = False) -> Any:
         """The loader that `find_batch_size` was given, with the size it found; anything else as it is."""
@@ -529,7 +538,7 @@ class Model:
         search = {"mode": mode, "steps_per_trial": steps_per_trial, "max_trials": max_trials, "init": init}
         found = tuning.find_batch_size(self, data, y, margin=margin, memory=memory, **search, **options)
         if apply:
-            self.batch_size, self._sized_loader = found, weakref.ref(data) if isinstance(data, DataLoader) else _nobody
+            self._take_size(found, data)
         return found
 
     def find_lr(

@@ -64,6 +64,7 @@ class Run:
             "random": position.random or self.random(),
             "data": self.passes.state_dict(),
             "steps": {name: update.steps for name, update in training.updates.items()},
+            "batch_size": self.model.batch_size and int(self.model.batch_size),
             "rates": dict(training.rates),
             "is_scale_due": training.is_scale_due,
             "unproven": [tracker.is_unproven for tracker in self._trackers],
@@ -232,7 +233,7 @@ def find_saved(resume: Any, callbacks: Sequence[Any], run: Run) -> tuple[dict[st
         OSError: there is no such file.
         TypeError, ValueError: the file is damaged or something else; or no callback writes files to go on from.
     """
-    saved = _found(resume, callbacks, run.model.backend.collect)
+    saved = newest_saved(resume, callbacks, run.model.backend.collect)
     if saved is not None:
         refuse_incomplete(*saved)
         run.refuse_other(*saved)
@@ -241,7 +242,8 @@ def find_saved(resume: Any, callbacks: Sequence[Any], run: Run) -> tuple[dict[st
     return saved
 
 
-def _found(resume: Any, callbacks: Sequence[Any], collect: Callable) -> tuple[dict[str, Any], str] | None:
+def newest_saved(resume: Any, callbacks: Sequence[Any], collect: Callable) -> tuple[dict[str, Any], str] | None:
+    """As `find_saved`, which looks whether it is one to go on from: only what is in the file, and its name."""
     if isinstance(resume, (str, os.PathLike)):
         return read_any(resume), repr(str(resume))
     if resume is False:

@@ -77,7 +77,8 @@ class BatchSize(int):
     def title(self) -> str:
         """What was found, in a line."""
         budget = "" if self.budget_bytes is None else f" of {in_words(self.budget_bytes)}"
-        return f"batch size {int(self)}{budget}; as fast from {self.throughput_best} on"
+        speed = f"; as fast from {self.throughput_best} on" if self.trials else ""
+        return f"batch size {int(self)}{budget}{speed}"
 
     def __repr__(self) -> str:
         return f"BatchSize({int(self)}, per_rank={self.per_rank}, throughput_best={self.throughput_best})"

@@ -526,8 +526,9 @@ def test_fit_searches_first_if_asked_to() -> None:
 def test_fit_searches_with_the_weights_it_was_given(digits) -> None:
     model = kt.Model(nn.Linear(64, 10), backend="cpu").compile("sgd", "cross_entropy")
     seen = []
-    with mock.patch.object(model, "find_batch_size", lambda *data, **options: seen.append(options)):
-        model.fit(*digits, batch_size="auto", class_weight={3: 2.0}, accumulate=2, verbose=0)
+    with mock.patch.object(model, "find_batch_size", lambda *data, **options: seen.append(options) or BatchSize(100)):
+        history = model.fit(*digits, batch_size="auto", class_weight={3: 2.0}, accumulate=2, verbose=0)
+    assert history.params["steps"] == -(-len(digits[0]) // 100)
     assert seen == [{"sample_weight": None, "accumulate": 2, "microbatch": None, "class_weight": {3: 2.0}}]
 
 

@@ -168,6 +168,50 @@ def test_auto_tells_in_a_line_each_what_was_found(capsys, verbose):
     assert told[:2] == lines and len(told) == 3 if verbose else not told
 
 
+class Stops(kt.callbacks.Callback):
+    """After so many batches, as a machine that is taken away would."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches -= 1
+        if not self.batches:
+            raise ConnectionError
+
+
+@pytest.mark.parametrize("as_loader", [False, True])
+def test_a_run_that_goes_on_searches_for_nothing_and_goes_on_exactly(monkeypatch, tmp_path, as_loader):
+    data = (DataLoader(torch.utils.data.TensorDataset(X, Y), 7, shuffle=True),) if as_loader else (X, Y)
+    ends, calls = [], []
+    search, sweep = kt.tuning.find_batch_size, kt.tuning.find_lr
+    sizes = iter([50, 50, 40])  # another machine, or the same one later, has room for another
+
+    def found(model, *args, **named):
+        search(model, *args, **named)
+        return kt.tuning.BatchSize(next(sizes))
+
+    monkeypatch.setattr(kt.tuning, "find_batch_size", found)
+    monkeypatch.setattr(kt.tuning, "find_lr", lambda *args, **named: calls.append(1) or sweep(*args, **named))
+    for is_cut in (False, True):
+        kt.set_seed(3)
+        torch.manual_seed(3)
+        folder = tmp_path / str(is_cut)
+        backup = [kt.callbacks.BackupAndRestore(folder, save_freq=1)]
+        run = {"batch_size": "auto", "epochs": 4, "verbose": 0}
+        model = model_of(lr="auto", precision="64")
+        if is_cut:
+            with pytest.raises(ConnectionError):
+                model.fit(*data, callbacks=[*backup, Stops(6)], **run)
+            model, before = model_of(lr="auto", precision="64"), len(calls)
+            backup = [kt.callbacks.BackupAndRestore(folder, save_freq=1)]
+        history = model.fit(*data, callbacks=backup, **run)
+        assert not is_cut or len(calls) == before
+        assert model.batch_size == 50 and history.params["steps"] == 4
+        ends.append((history.history["loss"], model.optimizer.param_groups[0]["lr"], model.module.weight.tolist()))
+    assert ends[0] == ends[1]
+
+
 def test_auto_tells_of_each_optimizer(capsys):
     module = nn.ModuleDict({"encoder": nn.Linear(4, 2), "decoder": nn.Linear(2, 4)})
     optimizers = {"encoder": "adam", "decoder": "adam"}
