@@ -186,7 +186,8 @@ def with_batches_of(data: Any, batch_size: int, drops_last: bool = True) -> Any:
     what = type(data).__name__
     if isinstance(data, DataLoader):
         if type(data) is not DataLoader or data.batch_size is None:
-            made = f"a {type(data.batch_sampler).__name__} of its own" if type(data) is DataLoader else "its own class"
+            made = "its dataset" if data.batch_sampler is None else f"a {type(data.batch_sampler).__name__} of its own"
+            made = made if type(data) is DataLoader else "its own class"
             raise TypeError(
                 f"the {what}'s batches come from {made}, which cannot be made anew for other sizes. Give its dataset, "
                 f"or a plain DataLoader with batch_size=."
@@ -195,8 +196,7 @@ def with_batches_of(data: Any, batch_size: int, drops_last: bool = True) -> Any:
         options = {"batch_size": batch_size, "drop_last": data.drop_last and drops_last, **sampler}
         return DataLoader(data.dataset, **_settings_of(data), **options)
     is_dataset = isinstance(data, IterableDataset) or hasattr(data, "__getitem__") or hasattr(data, "column_names")
-    is_list_of_batches = isinstance(data, list) and not is_arrays(data)
-    if (is_dataset and not is_list_of_batches) or is_arrays(data) or (callable(data) and not hasattr(data, "__iter__")):
+    if is_arrays(data) or (is_dataset and not isinstance(data, (list, str))):
         return data
     raise TypeError(
         f"data is a {what}, whose batches are made already and cannot be made of another size. Give arrays, a Dataset, "

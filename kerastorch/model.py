@@ -467,9 +467,9 @@ class Model:
             if finds_size:
                 size = BatchSize(before) if before else self.find_batch_size(data, y, sample_weight=weight, **options)
                 self._take_size(size, source[0])
-                data = self._sized(data, always=True)
                 tell(size.title)
             if self._finds_lr:
+                data = self._sized(data, source[0])
                 found = self.find_lr(data, y, batch_size=batch_size, sample_weight=weight, shuffle=shuffle, **options)
                 for one in found.values() if isinstance(found, dict) else [found]:
                     tell(one.title)
@@ -479,9 +479,9 @@ class Model:
         """From now on each `fit` that is given none takes this batch size; of loaders, with this one alone."""
         self.batch_size, self._sized_loader = size, weakref.ref(data) if isinstance(data, DataLoader) else _nobody
 
-    def _sized(self, data: Any, always: bool = False) -> Any:
-        """The loader that `find_batch_size` was given, with the size it found; anything else as it is."""
-        is_it = isinstance(data, DataLoader) and (always or data is self._sized_loader())
+    def _sized(self, data: Any, whole: Any = None) -> Any:
+        """The loader that `find_batch_size` was given, or a part of it, with the size it found; else as it is."""
+        is_it = isinstance(data, DataLoader) and (data if whole is None else whole) is self._sized_loader()
         return with_batches_of(data, self.batch_size) if is_it and self.batch_size is not None else data
 
     def find_batch_size(
@@ -1172,7 +1172,7 @@ class Model:
     ) -> Reading:
         return Reading(
             dtype=precisions.dtype_of(self.module),
-            batch_size=batch_size,
+            batch_size=batch_size and int(batch_size),
             fallback_batch_size=fallback,
             # The names that Hugging Face's datasets give to targets; a module with a loss of its own takes them itself.
             targets=() if self._compiled is not None and self._compiled.has_own_loss else ("labels", "label"),

@@ -7,7 +7,7 @@ parameters say, sees no change.
 from __future__ import annotations
 
 import random
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -269,6 +269,7 @@ RESTORERS = {
     dict: _restore_dict,
     OrderedDict: _restore_dict,
     defaultdict: _restore_dict,
+    Counter: _restore_dict,
     list: _restore_list,
     set: _restore_set,
     deque: _restore_deque,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..callbacks.base import Callback
-from ..checks import refuse_nonpositive, size_at
+from ..checks import is_count, size_at
 from ..data import first_batches, open_data, with_batches_of
 from ..memory import free_memory, is_out_of_memory
 from .budget import Peak, as_bytes, free_bytes, in_words, limited
@@ -28,7 +28,9 @@ FIRST, SURE = 0.4, 0.7  # of the memory there is, by a forecast for which nothin
 FAR = 1.5  # times what was tried: beyond it, a curve through trials alone may turn out to be quadratic, as attention is
 GROWTH = 4  # at most so many times what was tried, where that took too little to tell how it goes on
 MOST = 2**14  # samples in a batch, of data that does not tell how many it has, and may have no end
+IN_SIGHT = 5  # times the largest peak: a budget above it would leave the curve in a plot flat
 PATIENCE = 10  # times as many batches as steps, for a step of one's own that asks for none
+ROWS = 2  # samples in each process to begin with, since normalizations refuse a single one
 OUT = "out of memory"
 
 
@@ -123,7 +125,8 @@ class BatchSize(int):
             shown = [one for one in by_size if one.fits is fits and one.peak_bytes]
             if shown:
                 memory.plot([one.size for one in shown], [one.peak_bytes / 1e9 for one in shown], marker, label=label)
-        if self.budget_bytes is not None:
+        most = max((one.peak_bytes for one in by_size), default=0)
+        if self.budget_bytes is not None and self.budget_bytes < IN_SIGHT * most:
             memory.axhline(self.budget_bytes / 1e9, color="gray", linestyle="--", label="there is")
         fast = [one for one in by_size if one.samples_per_s]
         speed.plot([one.size for one in fast], [one.samples_per_s for one in fast], "o-")
@@ -155,7 +158,9 @@ def find_batch_size(
     """What `Model.find_batch_size` returns; see there."""
     if mode not in [*STRATEGIES]:
         raise ValueError(f"mode={mode!r} is not known. Give {', '.join(map(repr, STRATEGIES))}.")
-    refuse_nonpositive(steps_per_trial=steps_per_trial, max_trials=max_trials, init=init)
+    for name, number in (("steps_per_trial", steps_per_trial), ("max_trials", max_trials), ("init", init)):
+        if not is_count(number):
+            raise ValueError(f"{name}={number!r} is no number of its kind. Give a whole number from 1 up.")
     if not isinstance(margin, Real) or isinstance(margin, bool) or not 0 <= margin < 1:
         raise ValueError(
             f"margin={margin!r} is no part of a batch size. Give a number from 0 up to but not including 1."
@@ -169,12 +174,13 @@ def find_batch_size(
     with rehearsing(model, data, on_host=True) as undo:
         most, batch = _look_at(model, data, y, fit_options)
         budgets = _budgets(model.backend, memory)
-        search = Search(model, (data, y), most, fit_options, steps_per_trial, budgets, undo)
-        most = most or MOST
-        forecast = search.forecast_from(batch)
+        search = Search(model, (data, y), most, fit_options, int(steps_per_trial), budgets, undo)
+        most, forecast = most or MOST, search.forecast_from(batch)
         undo()
-        search.warm_up(most)
-        trials = search.run(STRATEGIES[mode], Bracket(most, init, margin, forecast), max_trials)
+        least = ROWS * model.backend.world if model.backend.world > 1 else 1
+        bracket = Bracket(most, max(int(init), least), margin, forecast)
+        search.warm_up(bracket)
+        trials = search.run(STRATEGIES[mode], bracket, max_trials)
     free_memory(model.backend.device)
     result = BatchSize(max(one.size for one in trials if one.fits))
     result.trials, result.budget_bytes = tuple(trials), search.budget
@@ -213,7 +219,7 @@ def _budgets(backend: Any, memory: int | None) -> list[int] | None:
 
 
 class Bracket:
-    """What is known of the sizes: the largest that fits, and the smallest that does not.
+    """What is known of the sizes: the largest that fits, and the smallest that does not, of which its trial is kept.
 
     Args:
         most: Samples in the data.
@@ -224,14 +230,19 @@ class Bracket:
 
     def __init__(self, most: int, init: int, margin: float, forecast: Forecast) -> None:
         self.most, self.init, self.margin, self.forecast = most, min(init, most), margin, forecast
-        self.low, self.high = 0, None
+        self.low, self.smallest = 0, None
 
     def narrow(self, trial: Trial) -> None:
         """Takes in what came of a trial."""
         if trial.fits:
             self.low = max(self.low, trial.size)
-        else:
-            self.high = trial.size if self.high is None else min(self.high, trial.size)
+        elif self.smallest is None or trial.size < self.smallest.size:
+            self.smallest = trial
+
+    @property
+    def high(self) -> int | None:
+        """The smallest size that does not fit."""
+        return self.smallest and self.smallest.size
 
     @property
     def is_narrow(self) -> bool:
@@ -309,15 +320,20 @@ class Search:
         self.budget = None if budgets is None else min(budgets)
         self.own_budget = None if budgets is None else budgets[model.backend.rank]
         # Where running out of memory ends a process, or has others wait for it for ever, nothing is tried that is
-        # expected not to fit.
+        # expected not to fit. Where others would wait, only what would end the process is made an error.
         with model.backend.by_itself():
             is_alone = model.backend.world == 1
         self.is_careful = not is_alone or model.backend.device.type == "cpu"
+        self.own_limit = self.own_budget if is_alone else free_bytes(model.backend.device)
 
-    def warm_up(self, most: int) -> None:
+    def warm_up(self, known: Bracket) -> None:
         """On the CPU: what a process takes once, for code that is loaded late say, is no matter of the batch size."""
-        if self.model.backend.device.type == "cpu":
-            self._tried(min(2, most))
+        size = min(ROWS * self.model.backend.world, known.most)
+        if self.model.backend.device.type == "cpu" and not self._is_too_much(known.forecast.part_at(size)):
+            self._tried(size)
+
+    def _is_too_much(self, part: float | None) -> bool:
+        return self.is_careful and self.budget is not None and part is not None and part > 1.0
 
     def forecast_from(self, batch: tuple) -> Forecast:
         """A forecast of the part of its budget that the process takes which takes most of it."""
@@ -341,23 +357,35 @@ class Search:
         """
         trials: list[Trial] = []
         while sum(one.was_run for one in trials) < max_trials and (size := strategy(known)) is not None:
-            trials.append(self.try_size(size, known))
+            trials.append(self._try_next(size, known))
             known.narrow(trials[-1])
         if not known.low:
-            smallest = min(trials, key=lambda one: one.size)
-            if smallest.size > 1:
+            if known.smallest.size > 1:
                 raise ValueError(
-                    f"none of max_trials={max_trials} trials has fitted, of which batch size {smallest.size} was the "
-                    f"smallest. Give more, or a smaller init than {known.init}."
+                    f"none of max_trials={max_trials} trials has fitted, of which batch size {known.smallest.size} was "
+                    f"the smallest. Give more, or a smaller init than {known.init}."
                 )
-            raise torch.OutOfMemoryError(self._words_of_misfit(smallest))
+            raise torch.OutOfMemoryError(self._words_of_misfit(known.smallest))
         return trials
+
+    def _try_next(self, size: int, known: Bracket) -> Trial:
+        """A trial; that one sample is refused for another reason, by a normalization say, says that two are needed.
+
+        Raises:
+            torch.OutOfMemoryError: and these do not fit.
+        """
+        try:
+            return self.try_size(size, known)
+        except Exception as error:
+            if size > self.model.backend.world or known.high is None:
+                raise
+            raise torch.OutOfMemoryError(self._words_of_misfit(known.smallest)) from error
 
     def try_size(self, size: int, known: Bracket) -> Trial:
         """One trial, in all processes: what they found together."""
         forecast = known.forecast
-        expected = forecast.part_at(size) if self.is_careful and self.budget is not None else None
-        if expected is not None and expected > 1.0:
+        expected = forecast.part_at(size)
+        if self._is_too_much(expected):
             return Trial(size, False, int(expected * self.budget), was_run=False)
         of_all = self._tried(size)
         seen = max((one.rows_share for one in of_all if not one.reason), default=1.0)
@@ -408,7 +436,7 @@ class Search:
         error = None
         with Peak(device) as taken:
             try:
-                with limited(device, self.own_budget):
+                with limited(device, self.own_limit):
                     fit_quietly(self.model, data, y, epochs=None, max_steps=self.steps, callbacks=[watch], **options)
                 reason = ""
             except Exception as raised:

@@ -138,8 +138,11 @@ def traced_bytes(model: Any, batch: tuple) -> Callable[[int], float | None]:
     state_bytes = optimizer_bytes(model.optimizer, gradient_bytes)
 
     def traced(size: int) -> float | None:
-        trace, _ = try_trace(step, resized(arguments, size), training=True)
-        return None if trace is None else trace.peak_bytes + state_bytes
+        for rows in (size, max(size, 2)):  # a normalization refuses one sample: it is taken to need as much as two
+            trace, _ = try_trace(step, resized(arguments, rows), training=True)
+            if trace is not None:
+                return trace.peak_bytes + state_bytes
+        return None
 
     return traced
 

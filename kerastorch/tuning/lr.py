@@ -28,6 +28,7 @@ MOST_RATES = 10  # confirmed, before the search is content with what it has
 FINEST = 10 ** (1 / 8)  # between two rates: about as far apart as losses are within a tenth of one another
 WIDTHS = (4, 2, 1)  # of the steps from a rate to its neighbours, in finest ones: first half a decade
 AS_GOOD = 0.1  # of the lowest loss, above it: rates of the range that is shown
+DIVERGED = 4  # times the lowest loss: a step that fails beyond it has failed for that
 MODES = ("exponential", "linear")
 
 
@@ -46,10 +47,16 @@ class LearningRate:
     """
 
     def __init__(
-        self, lrs: Sequence[float], losses: Sequence[float], smoothing: float, steps: int, optimizer: str = ""
+        self,
+        lrs: Sequence[float],
+        losses: Sequence[float],
+        smoothing: float,
+        steps: int,
+        optimizer: str = "",
+        mode: str = "exponential",
     ) -> None:
         self.lrs, self.losses, self.smoothed = list(lrs), list(losses), smoothed(losses, smoothing)
-        self.optimizer, self._steps = optimizer, steps
+        self.optimizer, self._mode = optimizer, mode
         has_diverged = len(self.lrs) < steps or not math.isfinite(self.losses[-1])
         self._rates, self._curve = trimmed(self.lrs, self.smoothed, steps)
         self.noise = noise_of(self.losses)
@@ -128,14 +135,16 @@ class LearningRate:
             axes.plot(rates, [self.tried[rate] for rate in rates], "o", color="tab:orange", label="short runs")
         if suggest and self.lr is not None:
             if self.range[0] < self.range[1]:
-                axes.axvspan(*self.range, color="tab:green", alpha=0.15, label="about as good")
+                axes.axvspan(
+                    *self.range, color="tab:green", alpha=0.15, label="about as good" if self.tried else "suggested"
+                )
             axes.axvline(self.lr, color="tab:green", label=f"lr = {self.lr:.3g}")
         finite = [loss for loss in (*self.losses, *self.tried.values()) if math.isfinite(loss)]
         low, first = min(finite, default=0.0), next(iter(finite), 1.0)
         axes.set_ylim(low - 0.05 * abs(first - low), first + 0.5 * abs(first - low) + 1e-12)
         titles = [f"of {self.optimizer!r}"] if self.optimizer else []
         titles += [f"by the curve alone no answer: {self.reason}"] if self.reason else []
-        axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
+        axes.set(xscale="linear" if self._mode == "linear" else "log", xlabel="learning rate", ylabel="loss")
         axes.set_title("\n".join(titles), fontsize="medium", wrap=True)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
@@ -179,7 +188,7 @@ def find_lr(
             rates = rates_between(min_lr, max_lr, steps, mode)
             lrs, losses = fit.sweep(name, rates, smoothing, stop_factor)
             undo()
-            found[name] = LearningRate(lrs, losses, smoothing, steps, name)
+            found[name] = LearningRate(lrs, losses, smoothing, steps, name, mode)
             if confirm and fit.is_single:  # losses of networks that play against each other do not compare
                 run_steps = fit.confirming_steps if confirm is True else confirm
                 _confirm(found[name], lambda rate: fit.loss_at(rate, run_steps, undo), min_lr, max_lr)  # noqa: B023
@@ -283,14 +292,18 @@ class _Rehearsed:
         losses = self._run(name, [rate] * steps, lambda losses: end_of(losses, None))
         undo()
         last = losses[len(losses) // 2 :]
-        return sum(last) / len(last) if last and all(map(math.isfinite, losses)) else math.inf
+        return sum(last) / len(last) if len(losses) == steps and all(map(math.isfinite, losses)) else math.inf
 
     def _run(self, name: str, rates: Sequence[float], ends_at: Callable) -> list[float]:
         without_schedules(self.model)
         watch = _Steps(name, rates, ends_at)
         # The optimizer that steps most often counts, and may do so many times as often as this one.
         limits = {"epochs": None, "max_steps": len(rates) if self.is_single else 100 * len(rates)}
-        fit_quietly(self.model, self.data, self.y, callbacks=[watch], **limits, **self.fit_options)
+        try:
+            fit_quietly(self.model, self.data, self.y, callbacks=[watch], **limits, **self.fit_options)
+        except Exception:
+            if not self._has_diverged(watch):
+                raise
         losses = watch.read()
         if not losses:
             raise ValueError(
@@ -298,6 +311,14 @@ class _Rehearsed:
                 f"train_step, from the first epoch on."
             )
         return losses
+
+    def _has_diverged(self, watch: _Steps) -> bool:
+        """Whether a step has failed because those before it diverged: losses are read every few steps alone."""
+        if self.model.backend.world > 1 or not watch.has_begun:  # reading takes all processes: who knows where they are
+            return False
+        losses = watch.read()
+        is_far = end_of(losses, DIVERGED) is not None
+        return watch.is_over or is_far or not _are_finite(self.model.module.parameters())
 
 
 class _Steps(Callback):
@@ -317,12 +338,17 @@ class _Steps(Callback):
         # Of a step of the user's own: sums of the losses of its running round, and of those that this optimizer uses.
         self._round: list[tuple] = []
         self._heard: list[tuple] = []
-        self._is_round_over = self._is_over = False
+        self._is_round_over = self.is_over = False
         self.batches = 0
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.model.updates[self.name].optimizer
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step was taken."""
+        return bool(self._losses or self._taken)
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._ratios = ratios_of(self._optimizer)
@@ -357,7 +383,7 @@ class _Steps(Callback):
 
     def on_before_zero_grad(self, optimizer: Any) -> None:
         # After the step: what evaluates the loss within it has then told its loss, too.
-        if optimizer is not self._optimizer or self._is_over:
+        if optimizer is not self._optimizer or self.is_over:
             return
         heard, self._heard = self._heard, []
         tracker = self.model._training_tracker
@@ -365,15 +391,15 @@ class _Steps(Callback):
         if heard and (len(self.model.updates) > 1 or taken is None):  # the tracker has none of this optimizer's
             taken = (tuple(map(sum, zip(*heard, strict=True))),)
         self._taken.append(taken)
-        self._is_over = len(self._losses) + len(self._taken) == len(self.rates)
+        self.is_over = len(self._losses) + len(self._taken) == len(self.rates)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.batches += 1
         if self.batches >= self._patience and not self._losses and not self._taken:
             self.model.stop_training = True
-        if len(self._taken) >= READ_EVERY or self._is_over:
+        if len(self._taken) >= READ_EVERY or self.is_over:
             self.read()
-            self.model.stop_training = self._is_over
+            self.model.stop_training = self.is_over
 
     def read(self) -> list[float]:
         """All losses so far, up to where it ends."""
@@ -386,8 +412,12 @@ class _Steps(Callback):
             self._losses.append(last)
         end = self.ends_at(self._losses)
         if end is not None:
-            self._is_over, self._losses = True, self._losses[: end + 1]
+            self.is_over, self._losses = True, self._losses[: end + 1]
         return self._losses
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(one.detach().isfinite().all()) for one in tensors)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: Iterable[float]) -> None:
@@ -431,7 +461,7 @@ def _refuse_no_sweep(
         raise ValueError(
             f"smoothing={smoothing!r} is no weight. Give a number from 0 (none) up to but not including 1."
         )
-    if stop_factor is not None and (not _is_number(stop_factor) or stop_factor <= 1):
+    if stop_factor is not None and (not _is_number(stop_factor) or not stop_factor > 1):
         raise ValueError(
             f"stop_factor={stop_factor!r} is no factor. Give a number above 1, or None to go on to max_lr."
         )

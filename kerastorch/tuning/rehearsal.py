@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from ..callbacks.base import SIGNALS
 from ..samples import generators_in
@@ -32,8 +33,24 @@ def rehearsing(model: Any, *data: Any, on_host: bool = False) -> Iterator[Callab
     states += [one for tracker in (model._training_tracker, model._evaluation_tracker) for one in _metrics(tracker)]
     attributes = [part for one in (*data, model.backend) for part in sources_of(one)]
     generators, options = generators_in([*data, model.module]), {"device": model.backend.device, "on_host": on_host}
-    with untouched([*parts_of(model), *states], attributes, generators, **options) as undo:
+    with (
+        _workers_of_its_own(attributes),
+        untouched([*parts_of(model), *states], attributes, generators, **options) as undo,
+    ):
         yield undo
+
+
+@contextmanager
+def _workers_of_its_own(sources: Iterable[Any]) -> Iterator[None]:
+    """Workers that a loader keeps alive, with random numbers that nobody can put back, wait meanwhile."""
+    kept = [(one, one._iterator) for one in sources if isinstance(one, DataLoader)]
+    try:
+        for loader, _ in kept:
+            loader._iterator = None
+        yield
+    finally:
+        for loader, workers in kept:
+            loader._iterator = workers
 
 
 def fit_quietly(model: Any, data: Any, y: Any, **options: Any) -> None:

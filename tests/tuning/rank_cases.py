@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +99,36 @@ def sharded() -> dict:
     }
 
 
+def normalized() -> dict:
+    """A batch of one sample in a process is refused by a normalization."""
+    make = partial(nn.Sequential, nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    found = {
+        mode: int(model_of(DDP(timeout_s=30), make).find_batch_size(X, Y, mode=mode)) for mode in ("power", "predict")
+    }
+    model = model_of(DDP(timeout_s=30), make)
+    try:
+        model.find_batch_size(X, Y, memory=1)
+        said = ""
+    except torch.OutOfMemoryError as error:
+        said = str(error)
+    return {"found": found, "said": said}
+
+
+def sharded_without_room() -> dict:
+    """40 MB a sample, of which one process has no room for any."""
+    wide = nn.Sequential(nn.Linear(4, 5_000_000, bias=False), nn.Tanh(), nn.Linear(5_000_000, 1))
+    model, began = model_of(FSDP(wrap=nn.Linear, timeout_s=60), lambda: wide), time.monotonic()
+    try:
+        model.find_batch_size(X, Y, memory=(2_000_000_000, 10_000_000)[RANK])
+        said = ""
+    except torch.OutOfMemoryError as error:
+        said = str(error)
+    return {"said": said, "seconds": time.monotonic() - began}
+
+
 if __name__ == "__main__":
-    names = sys.argv[2:] or ["less_memory", "fails_alone", "other_budgets", "sharded"]
+    cases = ["less_memory", "fails_alone", "other_budgets", "sharded", "normalized", "sharded_without_room"]
+    names = sys.argv[2:] or cases
     results = {}
     for name in names:
         results[name] = globals()[name]()

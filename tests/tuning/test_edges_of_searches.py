@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, random_split
 
 import kerastorch as kt
+from kerastorch.tuning.budget import Peak
+from kerastorch.tuning.forecast import traced_bytes
 
 X = torch.rand(200, 4, generator=torch.Generator().manual_seed(0))
 Y = X.sum(1, keepdim=True)
@@ -105,6 +111,199 @@ def test_too_few_trials_are_not_too_little_memory():
     options = {"memory": "50MB", "mode": "power", "init": 10000, "max_trials": 1}
     with pytest.raises(ValueError, match="none of max_trials=1 trials has fitted"):
         model_of(module, Untraced).find_batch_size(x, x.sum(1, keepdim=True), **options)
+
+
+@pytest.mark.parametrize("mode", ["predict", "power"])
+@pytest.mark.parametrize("init", [1, 2, 50])
+def test_a_normalization_for_which_there_is_no_room_is_told_so(mode, init):
+    module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    with pytest.raises(torch.OutOfMemoryError, match="does not fit into the 1 B there are for it"):
+        model_of(module).find_batch_size(X, Y, memory=1, mode=mode, init=init)
+
+
+class OneAtMost(nn.Module):
+    """Has memory for one sample, which its normalization refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        if len(x) > 1 and type(x) is torch.Tensor:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.layer(self.norm(x))
+
+
+def test_a_normalization_that_has_memory_for_one_sample_lacks_it_for_two():
+    calls = []
+
+    class Fits(OneAtMost):
+        def forward(self, x):  # the warm-up goes well
+            calls.append(len(x))
+            return self.layer(self.norm(x)) if len(x) == 2 and len(calls) < 6 else super().forward(x)
+
+    with pytest.raises(torch.OutOfMemoryError, match="a step of batch size 2 .*does not fit") as raised:
+        model_of(Fits()).find_batch_size(X, Y, mode="power", init=4)
+    assert "more than 1 value per channel" in str(raised.value.__cause__)
+
+
+def test_a_trace_that_a_normalization_refuses_for_one_sample_is_there_for_more():
+    module = nn.Sequential(nn.Linear(4, 5000), nn.BatchNorm1d(5000), nn.Linear(5000, 1))
+    forecast = traced_bytes(model_of(module), (X[:2], Y[:2], None))
+    assert forecast(1) == forecast(2) < forecast(20) < forecast(200)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks of Linux")
+def test_nothing_is_run_that_is_forecast_not_to_fit():
+    wide = nn.Sequential(nn.Linear(4, 10_000_000, bias=False), nn.Tanh(), nn.Linear(10_000_000, 1))  # 80 MB a sample
+    model = model_of(wide)
+    with Peak(torch.device("cpu")) as taken, pytest.raises(torch.OutOfMemoryError, match="batch size 1 takes"):
+        model.find_batch_size(X, Y, memory="30MB")
+    assert taken.bytes < 30_000_000 + 4 * sum(one.numel() for one in wide.parameters())  # the copies to restore from
+
+
+class Picky(nn.Module):
+    """Raises, as `torch.distributions` do, where its output is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+
+    def forward(self, x):
+        output = self.layers(x)
+        if type(x) is torch.Tensor and not output.isfinite().all():
+            raise ValueError("not finite")
+        return output
+
+
+def range_test(module, steps, smoothing, stop_factor):
+    """By hand: the losses up to where the smoothed one has diverged."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-7)
+    losses, average, best = [], 0.0, float("inf")
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-7 * (10 / 1e-7) ** (step / (steps - 1))
+        loss = nn.functional.mse_loss(module(X), Y)
+        losses.append(loss.item())
+        average = smoothing * average + (1 - smoothing) * losses[-1]
+        smoothed = average / (1 - smoothing ** (step + 1))
+        if step and not smoothed <= stop_factor * best:
+            return losses
+        best = min(best, smoothed)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5, 0.98])
+def test_a_module_that_raises_where_it_diverges_is_swept_up_to_there(smoothing):
+    torch.manual_seed(0)
+    module = Picky()
+    by_hand = range_test(copy.deepcopy(module), 100, smoothing, 4)
+    model = model_of(module)
+    found = model.find_lr(X, Y, batch_size=200, smoothing=smoothing, confirm=False, apply=False)
+    assert len(by_hand) < 95 and found.losses == pytest.approx(by_hand, rel=0.01)
+    before = [one.clone() for one in module.parameters()]
+    confirmed = model.find_lr(X, Y, batch_size=200, smoothing=smoothing)
+    assert confirmed.lr > found.lr and all(map(torch.equal, module.parameters(), before))
+
+
+def test_a_rate_at_which_a_module_raises_is_none_to_take():
+    class Fragile(Picky):
+        def forward(self, x):
+            if self.layers[0].weight.abs().max() > 0.9 and type(x) is torch.Tensor:
+                self.layers[0].weight.data.fill_(float("nan"))
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    found = model_of(Fragile()).find_lr(X, Y, batch_size=50)
+    assert float("inf") in found.tried.values() and math.isfinite(found.tried[found.lr])
+
+
+def test_a_step_that_fails_for_another_reason_comes_through():
+    class Breaks(Picky):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == 25:
+                raise ValueError("that is another matter")
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="that is another matter"):
+        model_of(Breaks()).find_lr(X, Y, batch_size=200)
+    frozen = model_of(nn.Linear(4, 1).requires_grad_(False))
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        frozen.find_lr(X, Y)
+
+
+class Drawn(IterableDataset):
+    """Rows with noise, whose random numbers live as long as a worker."""
+
+    def __iter__(self):
+        for x, y in zip(X, Y, strict=True):
+            yield x + torch.randn(4), y
+
+
+@pytest.mark.parametrize("search", ["find_lr", "find_batch_size"])
+def test_workers_that_stay_alive_draw_what_they_would_have_drawn(search):
+    losses = []
+    for searches in (False, True):
+        kt.set_seed(0)
+        torch.manual_seed(0)
+        data, model = DataLoader(Drawn(), 20, num_workers=1, persistent_workers=True), model_of(lr=0.05)
+        losses += model.fit(data, verbose=0).history["loss"]
+        if searches:
+            getattr(model, search)(data, apply=False)
+        losses += model.fit(data, verbose=0).history["loss"]
+    assert losses[:2] == losses[2:] and losses[0] != losses[1]
+
+
+def test_a_rate_is_found_for_the_batch_size_that_is_trained_with(monkeypatch):
+    sizes, sweep = [], kt.tuning.find_lr
+    data, model = DataLoader(torch.utils.data.TensorDataset(X, Y), 10), model_of(lr="auto")
+
+    def noted(model, data, *args, **named):
+        sizes.append(data.batch_size)
+        return sweep(model, data, *args, **named)
+
+    monkeypatch.setattr(kt.tuning, "find_lr", noted)
+    found = model.find_batch_size(data)
+    assert model.fit(data, validation_split=0.25, verbose=0).params["steps"] == 1
+    assert sizes == [found]
+
+
+@pytest.mark.parametrize("data", [lambda: iter([(X, Y)]), lambda: DataLoader([*zip(X, Y, strict=True)], 8), "abc"])
+def test_batches_that_are_made_already_are_no_data_of_a_search(data):
+    with pytest.raises(TypeError, match="batches are made already .* Give arrays, a Dataset, or a DataLoader"):
+        model_of().find_batch_size(data)
+
+
+@pytest.mark.parametrize("name", ["init", "max_trials", "steps_per_trial"])
+@pytest.mark.parametrize("number", [None, 0, -1, True, 1.5, "2"])
+def test_numbers_of_a_search_are_whole(name, number):
+    with pytest.raises(ValueError, match=f"{name}={number!r} is no .* Give a whole number from 1 up"):
+        model_of().find_batch_size(X, Y, **{name: number})
+
+
+def test_numbers_may_be_those_of_numpy():
+    whole = np.int64(4)
+    data = DataLoader(torch.utils.data.TensorDataset(X, Y), 10)
+    numbers = {"init": whole, "max_trials": np.int64(20), "steps_per_trial": np.int32(2)}
+    assert model_of().find_batch_size(X, Y, mode="power", **numbers) == 200
+    assert model_of().find_batch_size(data, mode="power", **numbers) == 200
+    found = model_of().find_lr(X, Y, batch_size=np.int64(50), confirm=np.int64(5), steps=np.int64(20), apply=False)
+    assert len(found.lrs) <= 20
+    assert model_of().fit(X, Y, batch_size=np.int64(50), verbose=0).params["steps"] == 4
+    with pytest.raises(ValueError, match="stop_factor=nan is no factor"):
+        model_of().find_lr(X, Y, stop_factor=float("nan"))
+
+
+def test_a_linear_sweep_is_drawn_over_a_linear_axis():
+    pytest.importorskip("matplotlib")
+    options = {"confirm": False, "apply": False, "min_lr": 0.01, "max_lr": 1}
+    for mode, scale in (("linear", "linear"), ("exponential", "log")):
+        assert model_of().find_lr(X, Y, mode=mode, **options).plot().axes[0].get_xscale() == scale
 
 
 class Jitter:

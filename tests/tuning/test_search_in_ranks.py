@@ -54,6 +54,17 @@ def test_sharded_modules_are_tried_as_they_are(ranks) -> None:
     assert ranks[0]["sharded"] == ranks[1]["sharded"]
 
 
+def test_a_normalization_gets_two_samples_in_each_process(ranks) -> None:
+    for one in (found["normalized"] for found in ranks):
+        assert one["found"] == {"power": 300, "predict": 300}
+        assert "does not fit into the 1 B there are for it" in one["said"]
+
+
+def test_sharded_modules_without_room_on_one_rank_leave_nobody_waiting(ranks) -> None:
+    for one in (found["sharded_without_room"] for found in ranks):
+        assert "does not fit into the 10 MB there are for it" in one["said"] and one["seconds"] < 50
+
+
 def test_ranks_that_are_started_for_a_search_bring_it_back() -> None:
     x, y = torch.rand(60, 4), torch.rand(60, 1)
     model = kt.Model(nn.Linear(4, 1), backend=kt.backends.DDP(2, timeout_s=30)).compile("sgd", "mse")
