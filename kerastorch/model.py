@@ -512,7 +512,8 @@ class Model:
                 doubled until it does not fit; `"binsearch"` = then halved in between. Default: `"predict"`.
             steps_per_trial: Optimizer steps in a trial. Default: 3.
             max_trials: Trials at most. Default: 25.
-            init: Size to begin with, where there is no forecast. Default: 2.
+            init: Size to begin with, where there is no forecast; in several processes twice their number at least, as
+                normalizations refuse a single sample. Default: 2.
             margin: How near to the largest is near enough, as a part of it. Default: 0.05.
             memory: What training may take in each process beyond what it has now: bytes, or `"2GB"`. `None` = what is
                 free; on the CPU less a tenth, and shared by the processes of a machine. Nothing is tried there that is
