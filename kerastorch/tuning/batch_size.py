@@ -125,14 +125,17 @@ class BatchSize(int):
             shown = [one for one in by_size if one.fits is fits and one.peak_bytes]
             if shown:
                 memory.plot([one.size for one in shown], [one.peak_bytes / 1e9 for one in shown], marker, label=label)
-        most = max((one.peak_bytes for one in by_size), default=0)
-        if self.budget_bytes is not None and self.budget_bytes < IN_SIGHT * most:
+        most, there_is = max((one.peak_bytes for one in by_size), default=0), ""
+        if self.budget_bytes is not None and self.budget_bytes >= IN_SIGHT * most:
+            there_is = f", of {in_words(self.budget_bytes)}"
+        elif self.budget_bytes is not None:
             memory.axhline(self.budget_bytes / 1e9, color="gray", linestyle="--", label="there is")
         fast = [one for one in by_size if one.samples_per_s]
         speed.plot([one.size for one in fast], [one.samples_per_s for one in fast], "o-")
         speed.axvline(self.throughput_best, color="gray", linestyle="--", label=f"as fast from {self.throughput_best}")
-        for axes, title in ((memory, "peak memory, GB"), (speed, "samples/s")):
-            axes.set(xlabel="batch size", title=title, xscale="log", ylim=(0, None))
+        for axes, title in ((memory, f"peak memory in GB{there_is}"), (speed, "samples/s")):
+            axes.set(xlabel="batch size", title=title, ylim=(0, None))
+            axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.axvline(int(self), color="tab:green", alpha=0.5, label=f"found: {int(self)}")
             axes.grid(alpha=0.3)
