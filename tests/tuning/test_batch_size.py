@@ -588,8 +588,8 @@ def test_the_result_survives_being_pickled_and_copied() -> None:
     assert (again.per_rank, again.budget_bytes) == (32, 2 * 10**9)
 
 
-@pytest.mark.parametrize("budget", [None, 2 * 10**9])
-def test_the_result_is_drawn(tmp_path, budget) -> None:
+@pytest.mark.parametrize(("budget", "far"), [(None, ""), (2 * 10**9, ""), (90 * 10**9, ", of 90 GB")])
+def test_the_result_is_drawn(tmp_path, budget, far) -> None:
     pytest.importorskip("matplotlib").use("Agg")
     from matplotlib import pyplot
     from matplotlib.figure import Figure
@@ -598,9 +598,9 @@ def test_the_result_is_drawn(tmp_path, budget) -> None:
     figure = found_by_hand(budget=budget).plot(str(path))
     assert isinstance(figure, Figure) and path.stat().st_size > 5000
     memory, speed = figure.axes
-    assert memory.get_title() == "peak memory, GB" and speed.get_title() == "samples/s"
+    assert memory.get_title() == f"peak memory in GB{far}" and speed.get_title() == "samples/s"
     labels = [text.get_text() for text in memory.get_legend().get_texts()]
-    assert labels[:2] == ["fits", "does not fit"] and ("there is" in labels) is (budget is not None)
+    assert labels[:2] == ["fits", "does not fit"] and ("there is" in labels) is (budget == 2 * 10**9)
     assert speed.lines[0].get_xydata().tolist() == [[16, 1000], [32, 1990], [64, 2000]]
     pyplot.close(figure)
 
