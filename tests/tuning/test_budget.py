@@ -178,7 +178,7 @@ def test_without_a_budget_nothing_is_limited() -> None:
 # In processes of their own, whose memory nothing else has touched.
 
 
-def run(*arguments: str, limit_s: float = 120) -> subprocess.CompletedProcess:
+def run(*arguments: str, limit_s: float = 200) -> subprocess.CompletedProcess:
     command = [sys.executable, str(Path(__file__).with_name("limited.py")), *arguments]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
