@@ -33,6 +33,17 @@ class Full(nn.Module):
         return self.layer(x)
 
 
+class Wide(nn.Module):
+    """Takes 320 MB a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x).expand(len(x), 40_000_000) * 2.0).mean(1, keepdim=True)
+
+
 def model_of(backend, make: Callable[[], nn.Module]) -> kt.Model:
     kt.set_seed(0)
     return kt.Model(make(), backend=backend).compile("adam", "mse", lr=0.1)
@@ -115,9 +126,8 @@ def normalized() -> dict:
 
 
 def sharded_without_room() -> dict:
-    """40 MB a sample, of which one process has no room for any."""
-    wide = nn.Sequential(nn.Linear(4, 5_000_000, bias=False), nn.Tanh(), nn.Linear(5_000_000, 1))
-    model, began = model_of(FSDP(wrap=nn.Linear, timeout_s=60), lambda: wide), time.monotonic()
+    """So much a sample that one process has no room for any."""
+    model, began = model_of(FSDP(wrap=nn.Linear, timeout_s=60), Wide), time.monotonic()
     try:
         model.find_batch_size(X, Y, memory=(2_000_000_000, 10_000_000)[RANK])
         said = ""
