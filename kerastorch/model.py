@@ -309,9 +309,10 @@ class Model:
             y: Targets of arrays, shape (samples, ...); or the name of the target's column where samples are mappings.
             epochs: Number of the epoch to end before, as in Keras: with `initial_epoch=2`, `epochs=5` trains three.
                 `None` = 1, or as many as `max_steps` and `max_time` take.
-            batch_size: Samples in a batch of arrays or a dataset; `"auto"` = what `find_batch_size` finds now. `None` =
-                what it has found before, else 32, beside `steps_per_epoch` too (Keras divides the samples by the steps
-                there). Loaders bring their own, but for one that `find_batch_size` was given.
+            batch_size: Samples in a batch of arrays or a dataset; `"auto"` = what `find_batch_size` finds now, or found
+                for the run that goes on. `None` = what it has found before, else 32, beside `steps_per_epoch` too
+                (Keras divides the samples by the steps there). Loaders bring their own, but for one that
+                `find_batch_size` was given.
             accumulate: Batches for each optimizer step, whose gradient is that of one large batch; or
                 `{epoch: batches}`, from that epoch on, 0-based: `{0: 8, 4: 4}`.
             microbatch: Samples that fit into memory at once: batches go through in pieces of so many, with the same
@@ -465,7 +466,8 @@ class Model:
             before = saved and (saved[0].get("run") or {}).get("batch_size")
             tell = say if verbose else lambda title: None
             if finds_size:
-                size = BatchSize(before) if before else self.find_batch_size(data, y, sample_weight=weight, **options)
+                search = partial(self.find_batch_size, data, y, sample_weight=weight, **options)
+                size = tuning.known_size(self.backend, before) if before else search()
                 self._take_size(size, source[0])
                 tell(size.title)
             if self._finds_lr:

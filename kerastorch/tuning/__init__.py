@@ -7,6 +7,7 @@ the curve and confirms what it suggests.
 
 from .batch_size import BatchSize as BatchSize
 from .batch_size import find_batch_size as find_batch_size
+from .batch_size import known_size as known_size
 from .lr import LearningRate as LearningRate
 from .lr import apply_rate as apply_rate
 from .lr import find_lr as find_lr

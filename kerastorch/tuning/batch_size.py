@@ -185,9 +185,15 @@ def find_batch_size(
         search.warm_up(bracket)
         trials = search.run(STRATEGIES[mode], bracket, max_trials)
     free_memory(model.backend.device)
-    result = BatchSize(max(one.size for one in trials if one.fits))
+    result = known_size(model.backend, max(one.size for one in trials if one.fits))
     result.trials, result.budget_bytes = tuple(trials), search.budget
-    result.per_rank = _most_rows(model.backend, int(result))
+    return result
+
+
+def known_size(backend: Any, size: int) -> BatchSize:
+    """A size of which only the number is left, as in the file of a run that goes on."""
+    result = BatchSize(size)
+    result.per_rank = size if backend.share is None else backend.share(size)[1].most
     return result
 
 
@@ -201,10 +207,6 @@ def _look_at(model: Any, data: Any, y: Any, fit_options: dict[str, Any]) -> tupl
         raise ValueError("the data has one sample, so there are no batch sizes to choose from. Give more data.")
     model._with_optimizer(opened)
     return opened.steps, first[:3]
-
-
-def _most_rows(backend: Any, size: int) -> int:
-    return size if backend.share is None else backend.share(size)[1].most
 
 
 def _budgets(backend: Any, memory: int | None) -> list[int] | None:

@@ -406,6 +406,7 @@ def test_a_run_that_goes_on_searches_for_nothing_and_goes_on_exactly(monkeypatch
             backup = [kt.callbacks.BackupAndRestore(folder, save_freq=1)]
         history = model.fit(*data, callbacks=backup, **run)
         assert not is_cut or len(calls) == before
+        assert model.batch_size == model.batch_size.per_rank == 50 or not is_cut
         assert model.batch_size == 50 and history.params["steps"] == 4
         ends.append((history.history["loss"], model.optimizer.param_groups[0]["lr"], model.module.weight.tolist()))
     assert ends[0] == ends[1]
