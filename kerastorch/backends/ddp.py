@@ -47,7 +47,8 @@ class DDP(Ranks):
             `False`; those that never have one are no matter.
         checkpoint_activations: Submodules that compute their activations again in the backward pass, as in `Single`.
             Default: none.
-        timeout_s: Seconds that a rank waits for the others before it gives up with an error. Default: 600.
+        timeout_s: Seconds that a rank waits for the others before it gives up with an error; for them to start,
+            120 at least. Default: 600.
         max_restarts: How often processes that `fit` has started are started again when one of them died, from the last
             file of the run's `ModelCheckpoint` or `BackupAndRestore`. Default: 0.
     Raises:

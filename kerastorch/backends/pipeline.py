@@ -46,7 +46,8 @@ class Pipeline(Ranks):
             begin with. Default: `"parameters"`.
         checkpoint_activations: Whether layers compute their activations again in the backward pass rather than keep
             them; or a glob of the names of those that do. Default: `False`.
-        timeout_s: Seconds that a rank waits for the others before it gives up with an error. Default: 600.
+        timeout_s: Seconds that a rank waits for the others before it gives up with an error; for them to start,
+            120 at least. Default: 600.
     Raises:
         ValueError, TypeError: an option that is unknown or fits no other; or other processes than stages need.
     """

@@ -41,6 +41,7 @@ GPUS = ("cuda", "xpu")
 _HOSTS: dict[tuple[Any, float], Any] = {}  # one group for all backends of a process: each has threads and sockets
 _MEETINGS = count()
 SCRATCH = "KERASTORCH_SCRATCH"  # variable of the environment: where ranks that must not write put what they write
+MEETING_S = 120.0  # processes that begin to import torch on a busy machine are far apart
 AGREE_S, MOST_CALLS = 0.1, 100  # how long one rank's wish to end may wait, and for how many batches
 
 
@@ -81,7 +82,7 @@ class Ranks(Single):
         num_nodes: Machines; more than one are started by `torchrun`. `None` = as many as it did.
         weights: How much of each batch each rank takes, in proportion; `"auto"` = as fast as its device multiplies
             matrices when the ranks meet; `None` = all the same.
-        timeout_s: Seconds that a rank waits for the others before it gives up.
+        timeout_s: Seconds that a rank waits for the others before it gives up; at least `MEETING_S` until all have started.
         checkpoint_activations: As in `Single`.
     Raises:
         ValueError, TypeError: no such devices; or `torchrun` has started other processes than asked for.
@@ -145,10 +146,7 @@ class Ranks(Single):
         if not dist.is_initialized():
             kind = self.device.type
             engine = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
-            store, rank, world = next(rendezvous("env://", timeout=limit))
-            # Ranks that were started again, or have parted, must not find the addresses of those before them.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0), next(_MEETINGS)
-            store = dist.PrefixStore(f"kerastorch/{attempt}", store)
+            store, rank, world = self._met()
             dist.init_process_group(engine, store=store, rank=rank, world_size=world, timeout=limit)
             atexit.register(_leave)  # else threads of the group may be at work while the process ends
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -167,6 +165,26 @@ class Ranks(Single):
             folder = os.environ.get(SCRATCH)  # of the launcher, since a forked process tidies nothing up
             self._scratch = tempfile.TemporaryDirectory(prefix=f"kerastorch-rank{self.rank}-", dir=folder)
             self.scratch = self._scratch.name
+
+    def _met(self) -> tuple[dist.Store, int, int]:
+        """Waits until all have come: their store, and rank and number of the processes."""
+        limit_s = max(self.timeout_s, MEETING_S)
+        limit = timedelta(seconds=limit_s)
+        store, rank, world = next(rendezvous("env://", timeout=limit))
+        # Ranks that were started again, or have parted, must not find the addresses of those before them.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0), next(_MEETINGS)
+        store = dist.PrefixStore(f"kerastorch/{attempt}", store)
+        keys = [f"{one} is here" for one in range(world)]
+        store.set(keys[rank], "")
+        try:
+            store.wait(keys, limit)
+        except dist.DistStoreError as error:
+            late = [one for one, key in enumerate(keys) if not store.check([key])]
+            raise RuntimeError(
+                f"rank {rank} waited {limit_s:g} s for ranks {late} to start, in vain: their own errors say why. Give "
+                f"the backend a longer timeout_s if they only take longer."
+            ) from error
+        return store, rank, world
 
     def _refuse_other_world(self) -> None:
         """What was asked for and what was started must be the same."""

@@ -143,7 +143,9 @@ class Peak:
             module.reset_peak_memory_stats(self.device)
             self._before = module.memory_reserved(self.device)
             return self
-        self._sampler = None if self.device.type == "cpu" and _forget_peak() else _Sampler(self.device)
+        is_forgotten = self.device.type == "cpu" and _forget_peak()
+        self._sampler = None if is_forgotten else _Sampler(self.device)
+        self._noted = 0 if is_forgotten else _noted_peak(self.device)
         self._before = level(self.device)
         return self
 
@@ -151,7 +153,9 @@ class Peak:
         if self.device.type in ("cuda", "xpu"):
             most = torch.get_device_module(self.device).max_memory_reserved(self.device)
         else:
-            most = _peak_since() if self._sampler is None else self._sampler.end()
+            sampled, noted = 0 if self._sampler is None else self._sampler.end(), _noted_peak(self.device)
+            # Where none could be forgotten, only one above all those before was noted.
+            most = noted if noted > self._noted else sampled
         self.bytes = max(most - self._before, 0)
 
 
@@ -173,13 +177,16 @@ def _forget_peak() -> bool:
     return True
 
 
-def _peak_since() -> int:
-    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024
+def _noted_peak(device: torch.device) -> int:
+    """The most that this process has had since it began, or since that was forgotten; 0 = nobody notes it."""
+    status = Path("/proc/self/status")
+    text = status.read_text() if device.type == "cpu" and status.exists() else ""
+    found = re.search(r"^VmHWM:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 class _Sampler:
-    """Looks at the level again and again, where nobody notes its peak."""
+    """Looks at the level again and again, where nobody notes its peak: what lasts less than `SAMPLED_S` it may miss."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._most, self._is_over = device, 0, threading.Event()

@@ -363,6 +363,24 @@ def test_ranks_that_do_different_things_are_told_so_in_time(tmp_path):
     assert "waited in vain for another one" in ran.stderr and time.monotonic() - began < 45
 
 
+LATE = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    time.sleep({late_s})
+from kerastorch.backends import DDP, ranks
+ranks.MEETING_S = {meeting_s}
+print(sum(DDP(timeout_s=2).collect(1)))
+"""
+
+
+def test_ranks_may_start_later_than_one_another(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(LATE.format(late_s=6, meeting_s="ranks.MEETING_S"))
+    assert torchrun(path, limit_s=60).stdout.split() == ["2", "2"]
+    path.write_text(LATE.format(late_s=60, meeting_s=3))
+    assert "rank 0 waited 3 s for ranks [1] to start, in vain: their own errors" in torchrun(path, limit_s=60).stderr
+
+
 ALONE = """
 import os, sys, time
 import torch, kerastorch as kt
