@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import pkgutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import kerastorch
+
+from .processes import run
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 MODULES = [name for _, name, _ in pkgutil.walk_packages(kerastorch.__path__, "kerastorch.")]
@@ -20,9 +19,8 @@ MODULES = [name for _, name, _ in pkgutil.walk_packages(kerastorch.__path__, "ke
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(path, tmp_path):
-    # Small networks: a second thread only waits.
-    environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, path], check=True, timeout=120, cwd=tmp_path, env=environment)
+    done = run(path, limit_s=120, folder=tmp_path, MPLBACKEND="Agg")
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / f"{path.stem}.png").stat().st_size > 1000
 
 

@@ -32,6 +32,7 @@ from kerastorch.callbacks import BackupAndRestore, ModelCheckpoint
 from kerastorch.state import restore, state_of
 
 from . import reference
+from .processes import run
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y = X.sum(1, keepdim=True)
@@ -350,12 +351,12 @@ told_by(lambda: compiled().predict(loader, verbose=0))
 
 @needs_fork
 @pytest.mark.parametrize(("death", "persistent"), [("SIGKILL", True), ("SIGBUS", False), ("exit", True)])
-def test_a_worker_that_dies_ends_the_run_at_once(death, persistent):
+def test_a_worker_that_dies_ends_the_run_at_once(tmp_path, death, persistent):
     """A loader whose workers persist is used again: one that is dead is not waited for then."""
     _, how, advice = DEATHS[death]
-    command = [sys.executable, "-c", OF_ITS_OWN, death, str(persistent)]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    lines = [line.split("|") for line in printed.splitlines()]
+    script = tmp_path / "script.py"
+    script.write_text(OF_ITS_OWN)
+    lines = [line.split("|") for line in run(script, death, str(persistent), limit_s=120).stdout.splitlines()]
     phases = ["training", "training", "evaluation", "prediction"]
     assert [said_of_worker(told) for _, told in lines] == [(f"{how} in {phase}", advice) for phase in phases]
     assert all(float(seconds) < 15 for seconds, _ in lines)

@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 import kerastorch as kt
 from kerastorch.callbacks import EMA, BackupAndRestore, EarlyStopping, ModelCheckpoint
 
-from . import reference
+from . import processes, reference
 from .reference import Killed
 
 generator = torch.Generator().manual_seed(0)
@@ -352,7 +352,7 @@ if __name__ == "__main__":
 def test_a_script_ends_whose_workers_are_still_there(tmp_path):
     """They ignore a SIGTERM that may have gone to all processes, but not that of their own process."""
     (tmp_path / "train.py").write_text(ENDING)
-    done = subprocess.run([sys.executable, tmp_path / "train.py"], capture_output=True, text=True, timeout=60)
+    done = processes.run(tmp_path / "train.py", limit_s=60)
     assert (done.returncode, done.stdout) == (0, "the end 0\n")
     assert "Traceback" not in done.stderr
 

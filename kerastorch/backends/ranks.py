@@ -82,7 +82,7 @@ class Ranks(Single):
         num_nodes: Machines; more than one are started by `torchrun`. `None` = as many as it did.
         weights: How much of each batch each rank takes, in proportion; `"auto"` = as fast as its device multiplies
             matrices when the ranks meet; `None` = all the same.
-        timeout_s: Seconds that a rank waits for the others before it gives up; at least `MEETING_S` until all have started.
+        timeout_s: Seconds that a rank waits for the others before it gives up; for them to start, `MEETING_S` at least.
         checkpoint_activations: As in `Single`.
     Raises:
         ValueError, TypeError: no such devices; or `torchrun` has started other processes than asked for.

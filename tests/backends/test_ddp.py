@@ -26,7 +26,8 @@ from kerastorch import backends
 from tests.backends import going_on
 from tests.backends.cases import CASES, X, Y
 from tests.backends.cases import differences as differences_here
-from tests.backends.ranks import differences, finished, in_session, start, torchrun
+from tests.backends.ranks import differences
+from tests.processes import FORKING, Forked, finished, in_session, run, start, torchrun
 
 HERE = Path(__file__).parent
 # Adam divides by the size of a gradient, and so makes of a rounding in one that is almost 0 a step of the rate's size.
@@ -234,7 +235,7 @@ def script(tmp_path, failure, options="2, timeout_s=60", more="[]"):
     ],
 )
 def test_a_rank_that_fails_ends_the_run_of_all_with_its_own_error(tmp_path, failure, said):
-    process = start([sys.executable, str(script(tmp_path, failure))])
+    process = Forked(script(tmp_path, failure))
     ran = finished(process, limit_s=60)
     assert ran.returncode == 1
     assert said in ran.stderr
@@ -350,7 +351,7 @@ def test_what_all_ranks_refuse_is_said_as_one_process_says_it():
 
 
 def test_a_rank_that_fails_ends_all_that_torchrun_has_started(tmp_path):
-    ran = torchrun(script(tmp_path, "raise LookupError('of rank 1')", options="timeout_s=60"), limit_s=60)
+    ran = torchrun(script(tmp_path, "raise LookupError('of rank 1')", options="timeout_s=60"), anew=True, limit_s=60)
     assert ran.returncode == 1
     assert "LookupError: of rank 1" in ran.stderr
     assert "another rank has ended, which this one missed in training" in ran.stderr
@@ -359,7 +360,7 @@ def test_a_rank_that_fails_ends_all_that_torchrun_has_started(tmp_path):
 def test_ranks_that_do_different_things_are_told_so_in_time(tmp_path):
     path = script(tmp_path, "self.model.evaluate(x, x[:, :1], verbose=0)", options="2, timeout_s=5")
     began = time.monotonic()
-    ran = finished(start([sys.executable, str(path)]), limit_s=60)
+    ran = run(path, limit_s=60)
     assert "waited in vain for another one" in ran.stderr and time.monotonic() - began < 45
 
 
@@ -409,7 +410,7 @@ else:
 def test_what_one_rank_does_alone_is_said_in_words(tmp_path, backend, other, said):
     path = tmp_path / "script.py"
     path.write_text(ALONE.format(backend=backend, other=other, folder=str(tmp_path)))
-    ran = torchrun(path, limit_s=60)
+    ran = torchrun(path, anew=other == "pass", limit_s=60)
     assert ran.returncode == 1
     assert said in ran.stderr and "rank 0 alone writes" in ran.stderr
 
@@ -456,7 +457,7 @@ def test_ranks_are_started_again_from_the_last_file(tmp_path):
     for failure, options in ((once, "2, timeout_s=60, max_restarts=1"), ("pass", "2, timeout_s=60")):
         folder = tmp_path / str(len(ends))
         folder.mkdir()
-        ran = finished(start([sys.executable, str(script(folder, failure, options, more))], cwd=folder))
+        ran = run(script(folder, failure, options, more), folder=folder)
         assert ran.returncode == 0, ran.stderr
         ends.append(ran.stdout.splitlines()[-1])
     assert (tmp_path / "0" / "died").exists() and ends[0] == ends[1]
@@ -467,7 +468,7 @@ def test_ranks_are_not_started_again_from_the_files_of_an_earlier_run(tmp_path):
     ends = []
     for failure in ("pass", "os.path.exists('died') or (open('died', 'w').close(), os.kill(os.getpid(), 9))"):
         path = script(tmp_path, failure, "2, timeout_s=60, max_restarts=1", more)
-        ran = finished(start([sys.executable, str(path)], cwd=tmp_path))
+        ran = run(path, folder=tmp_path)
         assert ran.returncode == 0, ran.stderr
         ends.append(ran.stdout.splitlines()[-1])
     assert ends[0] == ends[1] and "all were started again (restart 1) from where the call began" in ran.stderr
@@ -475,9 +476,7 @@ def test_ranks_are_not_started_again_from_the_files_of_an_earlier_run(tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_a_signal_ends_ranks_that_fit_has_started_with_all_saved(tmp_path, name):
-    process = start(
-        [sys.executable, str(HERE / "signalled.py"), json.dumps({"backend": "DDP", "devices": 2}), str(tmp_path)]
-    )
+    process = Forked(HERE / "signalled.py", json.dumps({"backend": "DDP", "devices": 2}), str(tmp_path))
     send_when_started(process, name, tmp_path)
     assert process.returncode == 0
     end = json.loads((tmp_path / "end.json").read_text())
@@ -496,7 +495,7 @@ def test_a_signal_to_torchrun_ends_the_ranks_at_one_step_with_all_saved(tmp_path
 
 def test_a_second_ctrl_c_ends_ranks_at_once(tmp_path):
     options = json.dumps({"backend": "DDP", "devices": 2})
-    process = start([sys.executable, str(HERE / "signalled.py"), options, str(tmp_path), "30"])
+    process = Forked(HERE / "signalled.py", options, str(tmp_path), "30")
     wait_until_started(tmp_path)
     os.kill(process.pid, signal.SIGINT)
     time.sleep(0.5)  # each rank sleeps in a hook, which another one breaks off
@@ -530,9 +529,8 @@ def test_two_nodes_train_as_one_process(tmp_path):
     out = tmp_path / "found.json"
     options = json.dumps({"backend": "DDP", "num_nodes": 2, "timeout_s": 60})
     rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--rdzv-endpoint={endpoint}"]
-    launcher += ["--local-addr=localhost"]
-    nodes = [start([*launcher, str(HERE / "cases.py"), options, str(out), *FEW[:2]]) for _ in range(2)]
+    launcher = (*FORKING, *rendezvous, f"--rdzv-endpoint={endpoint}", "--local-addr=localhost")
+    nodes = [Forked(*launcher, str(HERE / "cases.py"), options, str(out), *FEW[:2]) for _ in range(2)]
     for node in nodes:
         assert finished(node).returncode == 0
     for one in json.loads(out.read_text()).values():

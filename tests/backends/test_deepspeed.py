@@ -13,7 +13,7 @@ import kerastorch as kt
 from kerastorch.backends import DeepSpeed
 from tests.backends import deepspeed_cases as cases
 from tests.backends.fsdp_cases import Here, differences
-from tests.backends.ranks import torchrun
+from tests.processes import torchrun
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install kerastorch[deepspeed]")
 pytestmark = [pytest.mark.conformance, pytest.mark.timeout(600)]

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,8 +11,8 @@ import kerastorch as kt
 from kerastorch.backends import FSDP
 from kerastorch.backends.fsdp import groups
 from tests.backends import fsdp_cases as cases
+from tests.processes import torchrun
 
-PACKAGE = Path(kt.__file__).parents[1]
 ROUNDING = 1e-5
 SAME = {
     "parameters": [
@@ -46,10 +41,7 @@ OWN = {
 def started(folder, processes, shard, *names):
     """What rank 0 has of each case, run by so many ranks."""
     file = folder / f"{shard}-{processes}.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGE)}
-    script = [cases.__file__, str(file), shard, *names]
-    done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=400)
+    done = torchrun(cases.__file__, str(file), shard, *names, ranks=processes, limit_s=400)
     assert file.is_file(), done.stderr[-3000:]
     return torch.load(file, weights_only=False)  # our own, with numpy's arrays
 

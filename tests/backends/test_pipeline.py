@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -24,7 +20,7 @@ from kerastorch.backends.stages import balanced, bound, split
 from tests.backends import going_on, pipeline_runs
 from tests.backends.cases import ADAM, CASES, SGD, X, Y, mlp
 from tests.backends.cases import differences as differences_here
-from tests.backends.ranks import torchrun
+from tests.processes import run, torchrun
 
 HERE = Path(__file__).parent
 LIMIT_S = 240
@@ -36,17 +32,8 @@ SAME = ["seen", "weights", "optimizer", "output"]
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     """Number of ranks -> what they found; nothing of them is left behind."""
     folder = tmp_path_factory.mktemp("ranks")
-    with subprocess.Popen(
-        [sys.executable, str(HERE / "pipeline_ranks.py"), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            said, _ = process.communicate(timeout=LIMIT_S)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, said[-6000:]
+    done = run(HERE / "pipeline_ranks.py", str(folder))
+    assert done.returncode == 0, done.stderr[-6000:]
     return {ranks: json.loads((folder / f"{ranks}.json").read_text(encoding="utf-8")) for ranks in (2, 4)}
 
 

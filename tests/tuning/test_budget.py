@@ -17,7 +17,7 @@ import torch
 
 from kerastorch.tuning import budget
 from kerastorch.tuning.budget import Peak, as_bytes, free_bytes, in_words, limited
-from tests.backends.ranks import ROOT
+from tests.processes import ROOT
 
 CPU = torch.device("cpu")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits and peaks of Linux")

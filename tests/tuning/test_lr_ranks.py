@@ -9,7 +9,7 @@ import torch
 
 import kerastorch as kt
 from kerastorch.backends import DDP
-from tests.backends.ranks import torchrun
+from tests.processes import torchrun
 from tests.tuning import lr_ranks
 
 SCRIPT = Path(lr_ranks.__file__)

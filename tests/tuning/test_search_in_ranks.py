@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kerastorch as kt
-from tests.backends.ranks import torchrun
+from tests.processes import torchrun
 
 CASES = Path(__file__).with_name("rank_cases.py")
 
