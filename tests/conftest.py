@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 
 import pytest
 import torch
+import torch._dynamo  # as a first step does
 from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 
@@ -13,6 +15,13 @@ from kerastorch import seeding
 
 torch.set_num_threads(1)  # many tiny operations: a second thread only waits
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """What is there before the tests of a module is not looked through each time that one of them frees memory."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

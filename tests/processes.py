@@ -7,6 +7,7 @@ has imported it and done nothing else: each is a process of its own, which runs 
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -150,12 +151,14 @@ def _become(arguments: list[str], folder: Path, environment: Mapping[str, str], 
     """Makes of a forked process what `python script arguments` is."""
     script, *_ = sys.argv = arguments
     os.setsid()  # so that all that it starts can be ended with it
+    gc.freeze()  # what has been imported is not looked through each time that memory is freed
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(None, force=True)  # it would be the one that this process was made by
     # What importing numpy would draw: ranks that `torchrun` forks, too, have random numbers of their own.
     own = os.getpid()
     os.register_at_fork(after_in_child=lambda: own == os.getppid() and script == TORCHRUN and np.random.seed())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import subprocess
 import sys
 import textwrap
@@ -25,15 +24,6 @@ MASKED = -100
 ON_CPU = (
     "[enforce fail at alloc_cpu.cpp:116] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collection():
-    """Leaves what the other modules have made out of garbage collections, of which each failed try makes one."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -33,14 +33,6 @@ Y = X.sum(1, keepdim=True)
 CPU_WORDS = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
 
 
-@pytest.fixture(autouse=True)
-def quick_collections():
-    """Each trial collects garbage, which takes far longer than the trial where there are as many objects as here."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 class Full(nn.Module):
     """Has no memory for batches above `most`, in one stage of the step."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import random
 
 import numpy as np
@@ -17,14 +16,6 @@ from torchmetrics.classification import MulticlassAccuracy
 import kerastorch as kt
 from kerastorch.tuning.rehearsal import rehearsing
 from tests.test_untouched import Draws, Restless, assert_same, state_of
-
-
-@pytest.fixture(autouse=True)
-def quick_collections():
-    """Each trial collects garbage, which takes far longer than the trial where there are as many objects as here."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def net(*extra: nn.Module) -> nn.Module:
