@@ -109,9 +109,9 @@ def test_workers_are_started_once_or_gone(persistent):
     assert [one["processes"] for one in found] == [before["processes"] + 2 * persistent] * 2
     assert found[0]["files"] == found[1]["files"] and found[0]["threads"] == found[1]["threads"]
     after = census()
-    assert [after[name] for name in ("processes", "files", "threads")] == [
-        before[name] for name in ("processes", "files", "threads")
-    ]
+    assert after["processes"] == before["processes"]
+    # Threads of a loader that went with another test may close its pipes meanwhile.
+    assert all(after[name] <= before[name] for name in ("files", "threads"))
 
 
 class Unseen(TensorDataset):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from bisect import bisect
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from ..summary import optimizer_bytes
 from ..tracing import resized, try_trace
 
 NOISE = 0.02  # of the memory there is: what other things in the process may take or give back meanwhile
+NEAR = 1.05  # two sizes between which a trace would say nothing new: by a parabola's bend, less than 0.1%
 
 
 class Forecast:
@@ -33,7 +33,7 @@ class Forecast:
     """
 
     def __init__(self, traced: Callable[[int], float | None] | None) -> None:
-        self._traced, self._known = traced and cache(traced), {}
+        self._traced, self._shape, self._known = traced, {}, {}
 
     @property
     def is_known(self) -> bool:
@@ -79,24 +79,48 @@ class Forecast:
 
     def _curve(self, sizes: list[int]) -> list[float]:
         """What a trace says of these sizes; where it cannot of all, from then on the sizes themselves."""
-        found = [None if self._traced is None else self._traced(size) for size in sizes]
+        found = [None if self._traced is None else self._shape_at(size) for size in sizes]
         if None in found:
             self._traced = None
             return [*map(float, sizes)]
         return found
 
+    def _shape_at(self, size: int) -> float | None:
+        """What a trace says, or two of sizes that are near."""
+        below = max((one for one in self._shape if one <= size), default=0)
+        above = min((one for one in self._shape if one >= size), default=0)
+        if not below or not above or above > NEAR * below:
+            below = above = size
+            self._shape[size] = self._traced(size)
+        if below == above:
+            return self._shape[below]
+        return _through([(below, self._shape[below]), (above, self._shape[above])], size, is_traced=False)
+
     def largest_within(self, part: float, most: int) -> int:
         """The largest batch size, up to `most`, that takes no more than `part`, to a hundredth of it; 0 = none."""
-        low, high, is_guess = 0, most + 1, False
-        while high - low > max(1, low // 100):
+        low, high = self._traced_around(part, most)
+        is_guess = low > 0 and high <= most
+        while high - low > (step := max(1, low // 100)):
+            ratio = high / (low or 1)
             size = self._between(low, high, part) if is_guess else int(max(low * high, 1) ** 0.5)
-            size = most if high > most else min(max(size, low + 1), high - 1)
-            is_guess = not is_guess and high <= most  # in turn: a guess may narrow one side alone
+            size = most if high > most else max(min(max(size, low + step), high - step), low + 1)
             expected = self.part_at(size)
             if expected is None:  # the trace has failed: only what was tried is known
                 return max(self._known, default=1)
             low, high = (size, high) if expected <= part else (low, size)
+            # A guess may narrow one side alone: where it gains less than the middle would have, that one is next.
+            is_guess = high <= most and (not is_guess or high / (low or 1) <= ratio**0.5)
         return low
+
+    def _traced_around(self, part: float, most: int) -> tuple[int, int]:
+        """Of the sizes that were traced, the two next to one another between which `part` is; 0, `most` + 1 = none."""
+        low = 0
+        for size in sorted(self._shape if self.is_traced else ()):
+            expected = self.part_at(size)
+            if size > most or expected is None or expected > part:
+                return low, min(size, most + 1)
+            low = size
+        return low, most + 1
 
     def _between(self, low: int, high: int, part: float) -> int:
         """Where a straight line between two sizes comes to `part`."""
