@@ -23,7 +23,6 @@ from tests.backends.cases import differences as differences_here
 from tests.processes import run, torchrun
 
 HERE = Path(__file__).parent
-LIMIT_S = 240
 
 SAME = ["seen", "weights", "optimizer", "output"]
 
