@@ -24,7 +24,7 @@ import numpy as np
 import torch.distributed.run
 
 ROOT = Path(__file__).parents[1]
-LIMIT_S = 240
+LIMIT_S = 500  # of what takes seconds: a machine that is busy with other things is no failure
 TORCHRUN = "torch.distributed.run"
 FORKING = (TORCHRUN, "--run-path", "--start-method=fork")  # its ranks are forked, too
 ALWAYS = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}

@@ -19,7 +19,7 @@ MODULES = [name for _, name, _ in pkgutil.walk_packages(kerastorch.__path__, "ke
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(path, tmp_path):
-    done = run(path, limit_s=120, folder=tmp_path, MPLBACKEND="Agg")
+    done = run(path, folder=tmp_path, MPLBACKEND="Agg")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / f"{path.stem}.png").stat().st_size > 1000
 

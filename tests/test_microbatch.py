@@ -449,7 +449,7 @@ REAL = """
 def test_memory_that_has_really_run_out():
     """Under a limit on the process's address space, in a process of its own."""
     ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(REAL)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", textwrap.dedent(REAL)], capture_output=True, text=True, timeout=300, check=False
     )
     assert ran.returncode == 0, ran.stderr
     whole, auto, equal = ran.stdout.splitlines()

@@ -38,7 +38,7 @@ OWN = ["broken_off", "gone_on", "held", "refused", "in_bf16"]
 def started(folder, processes, stage, *names):
     """What rank 0 has of each case, run by so many ranks."""
     file = folder / f"stage{stage}-{processes}.pt"
-    ran = torchrun(SCRIPT, str(file), str(stage), *names, ranks=processes, limit_s=400)
+    ran = torchrun(SCRIPT, str(file), str(stage), *names, ranks=processes)
     assert file.is_file(), ran.stderr[-3000:]
     words = [line for line in (ran.stdout + ran.stderr).splitlines() if "DeepSpeed" in line or "[INFO]" in line]
     return torch.load(file, weights_only=False) | {"said": words}  # our own, with numpy's arrays

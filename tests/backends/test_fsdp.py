@@ -41,7 +41,7 @@ OWN = {
 def started(folder, processes, shard, *names):
     """What rank 0 has of each case, run by so many ranks."""
     file = folder / f"{shard}-{processes}.pt"
-    done = torchrun(cases.__file__, str(file), shard, *names, ranks=processes, limit_s=400)
+    done = torchrun(cases.__file__, str(file), shard, *names, ranks=processes)
     assert file.is_file(), done.stderr[-3000:]
     return torch.load(file, weights_only=False)  # our own, with numpy's arrays
 

@@ -18,7 +18,7 @@ SCRIPT = Path(lr_ranks.__file__)
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory):
     path = tmp_path_factory.mktemp("two") / "found.pt"
-    ran = torchrun(SCRIPT, str(path), limit_s=120)
+    ran = torchrun(SCRIPT, str(path))
     assert ran.returncode == 0, ran.stderr[-6000:]
     return torch.load(path, weights_only=True)
 

@@ -18,7 +18,7 @@ CASES = Path(__file__).with_name("rank_cases.py")
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("ranks") / "found"
-    ran = torchrun(CASES, str(out), limit_s=200)
+    ran = torchrun(CASES, str(out))
     assert ran.returncode == 0, ran.stderr[-6000:]
     return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2)]
 
