@@ -373,14 +373,14 @@ if os.environ["RANK"] == "1":
     time.sleep({late_s})
 from kerastorch.backends import DDP, ranks
 ranks.MEETING_S = {meeting_s}
-print(sum(DDP(timeout_s=2).collect(1)))
+print(f"met: {{sum(DDP(timeout_s=2).collect(1))}}")
 """
 
 
 def test_ranks_may_start_later_than_one_another(tmp_path):
     path = tmp_path / "script.py"
     path.write_text(LATE.format(late_s=6, meeting_s="ranks.MEETING_S"))
-    assert torchrun(path).stdout.split() == ["2", "2"]
+    assert torchrun(path).stdout.count("met: 2\n") == 2  # torch 2.9 has remarks of its own
     path.write_text(LATE.format(late_s=60, meeting_s=3))
     assert "rank 0 waited 3 s for ranks [1] to start, in vain: their own errors" in torchrun(path).stderr
 
