@@ -356,7 +356,7 @@ def test_a_worker_that_dies_ends_the_run_at_once(tmp_path, death, persistent):
     _, how, advice = DEATHS[death]
     script = tmp_path / "script.py"
     script.write_text(OF_ITS_OWN)
-    lines = [line.split("|") for line in run(script, death, str(persistent)).stdout.splitlines()]
+    lines = [line.split("|") for line in run(script, death, str(persistent), limit_s=120).stdout.splitlines()]
     phases = ["training", "training", "evaluation", "prediction"]
     assert [said_of_worker(told) for _, told in lines] == [(f"{how} in {phase}", advice) for phase in phases]
     assert all(float(seconds) < 15 for seconds, _ in lines)
@@ -427,7 +427,7 @@ def test_a_script_whose_worker_dies_ends_and_leaves_no_process_behind(tmp_path):
     )
     process = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        _, told = process.communicate(timeout=300)
+        _, told = process.communicate(timeout=60)
         assert process.returncode == 1
         assert re.search(
             r"^RuntimeError: a data worker \(process \d+\) was killed by SIGKILL in training, ", told, re.M

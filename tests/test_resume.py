@@ -352,7 +352,7 @@ if __name__ == "__main__":
 def test_a_script_ends_whose_workers_are_still_there(tmp_path):
     """They ignore a SIGTERM that may have gone to all processes, but not that of their own process."""
     (tmp_path / "train.py").write_text(ENDING)
-    done = processes.run(tmp_path / "train.py")
+    done = processes.run(tmp_path / "train.py", limit_s=60)
     assert (done.returncode, done.stdout) == (0, "the end 0\n")
     assert "Traceback" not in done.stderr
 
